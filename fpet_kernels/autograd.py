@@ -1,0 +1,101 @@
+"""The hand-written backward, as ``torch.autograd.Function``s over the operators of a backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import backends
+
+__all__ = ["BDMMerge", "BDMUnmerge"]
+
+
+class BDMMerge(torch.autograd.Function):
+    """tokens, size, match, second, mid = BDMMerge.apply(...); the mathematics is in docs/mathematics.md.
+
+    Gradients reach x, size, the refinement's two weights and key_delta, and the key itself unless it is detached.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        key: Tensor,
+        size: Tensor | None,
+        w_down: Tensor | None,
+        w_up: Tensor | None,
+        dropout_mask: Tensor | None,
+        key_delta: Tensor | None,
+        split_a: Tensor | None,
+        split_b: Tensor | None,
+        grid_h: int,
+        grid_w: int,
+        num_prefix_tokens: int,
+        scale: float,
+        cosine: bool,
+        detach_key: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return backends.forward_op(backend)(
+            x, key, size, w_down, w_up, dropout_mask, key_delta, split_a, split_b, grid_h, grid_w, num_prefix_tokens, scale,
+            cosine,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        tensors, ctx.problem, ctx.detach_key, ctx.backend = inputs[:9], inputs[9:14], inputs[14], inputs[15]
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_tokens: Tensor, grad_size: Tensor, *_: Any) -> tuple:
+        *inputs, split_a, split_b, tokens, merged_size, match, second, mid = ctx.saved_tensors
+        key = inputs[1]
+        need_x, need_key, need_size, need_down, need_up, _, need_delta = ctx.needs_input_grad[:7]
+        need_key = need_key and not ctx.detach_key
+        grad_x, grad_in_size, grad_down, grad_up, grad_delta, grad_key = backends.backward_op(ctx.backend)(
+            grad_tokens, grad_size, *inputs, tokens, merged_size, match, second, mid, split_a, split_b, *ctx.problem,
+            need_x, need_size, need_down or need_up, need_delta, need_key,
+        )  # fmt: skip
+        if need_key and key.dim() == 4:
+            grad_key = grad_key.unsqueeze(1).expand_as(key)
+        return (
+            grad_x if need_x else None,
+            grad_key if need_key else None,
+            grad_in_size if need_size else None,
+            grad_down if need_down else None,
+            grad_up if need_up else None,
+            None,
+            grad_delta if need_delta else None,
+            *(None,) * 9,
+        )
+
+
+class BDMUnmerge(torch.autograd.Function):
+    """Gives every original position its merged token; the gradient sums back over each group, in a fixed order."""
+
+    @staticmethod
+    def forward(
+        tokens: Tensor,
+        match: Tensor,
+        split_a: Tensor | None,
+        split_b: Tensor | None,
+        grid_h: int,
+        grid_w: int,
+        num_prefix_tokens: int,
+    ) -> Tensor:
+        return torch.ops.fpet.bdm_unmerge(tokens, match, split_a, split_b, grid_h, grid_w, num_prefix_tokens)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:4])
+        ctx.problem = inputs[4:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        match, split_a, split_b = ctx.saved_tensors
+        return (torch.ops.fpet.bdm_unmerge_backward(grad, match, split_a, split_b, *ctx.problem), *(None,) * 6)

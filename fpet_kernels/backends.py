@@ -1,0 +1,129 @@
+"""Which backends there are, why not the others, and which one a call takes.
+
+To add a backend: a name in ``ORDER``, a ``_status_*`` function, a rule in :func:`refuses`, and its two operators in
+:func:`forward_op` and :func:`backward_op`. docs/backends.md says more.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops  # noqa: F401  (the schemas must exist before the native library adds its kernels)
+
+__all__ = ["ORDER", "Status", "backward_op", "explain", "forward_op", "refuses", "select", "status"]
+
+ORDER = ("cpu", "reference")  # preference; every backend runs only on the devices that refuses() lets through
+
+
+class Status(NamedTuple):
+    """Whether a backend can run here at all, why (not), and a one-line fix."""
+
+    available: bool
+    reason: str
+    fix: str = ""
+
+
+_LIBRARY_NAME = "libfpet_ops.so"
+_MIN_TORCH = (2, 10)
+
+
+def library_path() -> Path:
+    """Where the native library belongs: beside this file."""
+    return Path(__file__).parent / _LIBRARY_NAME
+
+
+def _load_library() -> Status:
+    if os.environ.get("FPET_DISABLE_NATIVE", "") not in ("", "0"):
+        return Status(False, "FPET_DISABLE_NATIVE is set", "unset FPET_DISABLE_NATIVE")
+    path = library_path()
+    rebuild = "pip install --force-reinstall --no-cache-dir . (with a C++20 compiler: apt install g++)"
+    if not path.exists():
+        return Status(False, f"{_LIBRARY_NAME} was not built", rebuild)
+    if tuple(int(v) for v in torch.__version__.split("+")[0].split(".")[:2]) < _MIN_TORCH:
+        return Status(False, f"torch {torch.__version__} is older than 2.10, the first with this stable ABI", "pip install -U torch")
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return Status(False, f"{_LIBRARY_NAME} does not load: {error}", rebuild)
+    return Status(True, f"native C++ kernels for {platform.machine()}")
+
+
+_NATIVE = _load_library()
+
+
+def status(name: str) -> Status:
+    """Status of backend ``name``; raises ValueError for a name that is none."""
+    if name == "reference":
+        return Status(True, "pure PyTorch, any device")
+    if name == "cpu":
+        return _NATIVE
+    raise ValueError(f"backend: expected one of {', '.join(ORDER)} or None, got {name!r}")
+
+
+def refuses(name: str, x: Tensor) -> str | None:
+    """Why backend ``name`` can't take a call with tokens like ``x``; None if it can."""
+    if name == "reference":
+        return None
+    if name == "cpu":
+        if x.device.type != "cpu":
+            return f"x is on {x.device}, and this backend runs on the CPU"
+        return None if _NATIVE.available else _NATIVE.reason
+    raise ValueError(f"backend: expected one of {', '.join(ORDER)} or None, got {name!r}")
+
+
+def select(x: Tensor, backend: str | None) -> str:
+    """The backend a call takes: ``backend`` itself, or the best one for x's device.
+
+    Raises:
+        ValueError: no backend has that name. RuntimeError: it has, and can't run this call.
+    """
+    if backend is None:
+        if x.device.type == "cpu":  # the interpreter is a debugging tool: never chosen by itself
+            return "cpu" if _NATIVE.available else "reference"
+        for name in ORDER:
+            if refuses(name, x) is None:
+                return name
+    status(backend)  # type: ignore[arg-type]
+    why = refuses(backend, x)  # type: ignore[arg-type]
+    if why is not None:
+        fix = status(backend).fix  # type: ignore[arg-type]
+        raise RuntimeError(f"backend: {backend!r} can't run here: {why}" + (f". Fix: {fix}" if fix else ""))
+    return backend  # type: ignore[return-value]
+
+
+_OPS = {"cpu": (torch.ops.fpet.bdm_forward.default, torch.ops.fpet.bdm_backward.default)}
+
+
+def forward_op(name: str) -> Any:
+    """The operator that runs the forward on backend ``name``."""
+    return _OPS[name][0]
+
+
+def backward_op(name: str) -> Any:
+    """The operator that runs the backward on backend ``name``."""
+    return _OPS[name][1]
+
+
+def explain(x: Tensor | None = None, backend: str | None = None) -> str:
+    """Says in words which backend a call with tokens ``x`` takes and why the others are passed over.
+
+    Without ``x``: what is available on this machine.
+    """
+    lines = []
+    chosen = None if x is None else select(x, backend)
+    for name in ORDER:
+        found = status(name)
+        why_not = (None if found.available else found.reason) if x is None else refuses(name, x)
+        mark = "→" if name == chosen else " "
+        verdict = found.reason if why_not is None else f"no: {why_not}" + (f"; fix: {found.fix}" if found.fix else "")
+        lines.append(f"{mark} {name:<10} {verdict}")
+    if x is not None:
+        asked = "asked for by name" if backend else f"the first that runs on {x.device}"
+        lines.append(f"bdm_merge takes {chosen!r}: {asked}.")
+    return "\n".join(lines)

@@ -1,0 +1,136 @@
+"""Static splits of the patch tokens into sources (set A) and destinations (set B).
+
+A split is decided by position alone, so shapes stay static: every A token is merged into one B token, and what is left
+is the prefix tokens followed by B in increasing position. Positions count the patch tokens only, prefix excluded.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Split", "alternating", "checkerboard", "checkerboard_3d", "second_checkerboard"]
+
+
+class Split:
+    """A partition of ``num_tokens`` patch tokens into sources ``a`` and destinations ``b``.
+
+    Args:
+        num_tokens: number of patch tokens, prefix tokens not counted.
+        a: positions of the sources, strictly increasing, in ``[0, num_tokens)``.
+        b: positions of the destinations, strictly increasing; together with ``a`` every position exactly once.
+
+    Attributes:
+        a, b: int64 tensors ``(N_A,)`` and ``(N_B,)`` on the CPU. Treat them as constants.
+        grid: ``(H, W)`` for :func:`checkerboard`, whose positions kernels compute instead of reading; else ``None``.
+
+    Raises:
+        ValueError: the two lists do not partition the positions, or there are fewer than two destinations (the soft
+            match needs a largest and a second largest score, eq. 10 of the paper).
+    """
+
+    __slots__ = ("a", "b", "grid", "num_tokens", "_by_device")
+
+    def __init__(
+        self, num_tokens: int, a: Sequence[int] | Tensor, b: Sequence[int] | Tensor, *, grid: tuple[int, int] | None = None
+    ) -> None:
+        self.num_tokens = num_tokens
+        self.a = torch.as_tensor(a, dtype=torch.int64, device="cpu").contiguous()
+        self.b = torch.as_tensor(b, dtype=torch.int64, device="cpu").contiguous()
+        self.grid = grid
+        self._by_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        if self.a.dim() != 1 or self.b.dim() != 1:
+            raise ValueError(f"split: expected 1-D position lists, got {self.a.dim()}-D a and {self.b.dim()}-D b")
+        if self.b.numel() < 2:
+            raise ValueError(f"split: needs at least two destinations, got {self.b.numel()} of {num_tokens} tokens")
+        for name, index in (("a", self.a), ("b", self.b)):
+            if index.numel() > 1 and not bool((index[1:] > index[:-1]).all()):
+                raise ValueError(f"split: positions of {name} must be strictly increasing")
+        seen = torch.cat((self.a, self.b)).sort().values
+        if seen.numel() != num_tokens or not torch.equal(seen, torch.arange(num_tokens)):
+            raise ValueError(
+                f"split: a and b must hold every position of range({num_tokens}) exactly once, "
+                f"got {self.a.numel()} + {self.b.numel()} positions"
+            )
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``(a, b)`` on ``device``; copied there once."""
+        if device.type == "cpu":
+            return self.a, self.b
+        if torch.compiler.is_compiling():  # what is made while tracing belongs to the trace, not to the cache
+            return self.a.to(device), self.b.to(device)
+        found = self._by_device.get(device)
+        if found is None:
+            found = self._by_device[device] = (self.a.to(device), self.b.to(device))
+        return found
+
+    def __reduce__(self) -> tuple:
+        return (_rebuild, (self.num_tokens, self.a.tolist(), self.b.tolist(), self.grid))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Split) and self.num_tokens == other.num_tokens and torch.equal(self.b, other.b)
+
+    def __hash__(self) -> int:
+        return hash((self.num_tokens, tuple(self.b[:8].tolist()), self.b.numel()))
+
+    def __repr__(self) -> str:
+        grid = f", grid={self.grid}" if self.grid else ""
+        return f"Split({self.num_tokens} tokens: {self.a.numel()} into {self.b.numel()}{grid})"
+
+
+def _rebuild(num_tokens: int, a: list[int], b: list[int], grid: tuple[int, int] | None) -> Split:
+    return Split(num_tokens, a, b, grid=grid)
+
+
+def _check_sides(**sides: int) -> None:
+    for name, value in sides.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def _by_mask(mask: Tensor, grid: tuple[int, int] | None = None) -> Split:
+    mask = mask.flatten()
+    return Split(mask.numel(), mask.nonzero().flatten(), (~mask).nonzero().flatten(), grid=grid)
+
+
+@functools.lru_cache(maxsize=256)
+def checkerboard(height: int, width: int) -> Split:
+    """The paper's split (section 3.2): patch (row, col) is a source where row + col is even, a destination where odd.
+
+    Both sets are in raster order. Odd sides are fine: a 7×7 grid has 25 sources and 24 destinations.
+    """
+    _check_sides(height=height, width=width)
+    row, col = torch.arange(height)[:, None], torch.arange(width)[None, :]
+    return _by_mask((row + col) % 2 == 0, grid=(height, width))
+
+
+@functools.lru_cache(maxsize=256)
+def second_checkerboard(height: int, width: int) -> Split:
+    """Splits what ``checkerboard(height, width)`` left, so that merging can be applied again.
+
+    The survivors (row + col odd) form a square lattice turned by 45°, and its checkerboard is the parity of the row: even
+    rows are sources, odd rows destinations, so that every source's nearest neighbours are destinations. What this second
+    merge leaves is an ordinary ``height // 2`` × ``ceil(width / 2)`` grid again.
+    """
+    _check_sides(height=height, width=width)
+    row, col = torch.arange(height)[:, None], torch.arange(width)[None, :]
+    left = (row + col) % 2 == 1
+    return _by_mask((row.expand(height, width)[left]) % 2 == 0)
+
+
+@functools.lru_cache(maxsize=256)
+def alternating(num_tokens: int) -> Split:
+    """Every second token, as in ToMe: even positions are sources, odd positions destinations."""
+    _check_sides(num_tokens=num_tokens)
+    return _by_mask(torch.arange(num_tokens) % 2 == 0)
+
+
+@functools.lru_cache(maxsize=256)
+def checkerboard_3d(frames: int, height: int, width: int) -> Split:
+    """For video tokens, frame by frame in raster order: a source where frame + row + col is even."""
+    _check_sides(frames=frames, height=height, width=width)
+    t, row, col = torch.arange(frames)[:, None, None], torch.arange(height)[:, None], torch.arange(width)
+    return _by_mask((t + row + col) % 2 == 0)
