@@ -1,0 +1,102 @@
+# make test · make bench · make lint: each does all of its own set-up in .venv; a second run is quick.
+# Needs python3 >= 3.10 with venv, g++ and make. FPET_PYTHON=python3 uses that interpreter's environment and installs nothing.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup test ctest ctest-sanitize ctest-arm pytest lint bench gpu-check test-abi clean distclean
+
+PYTHON ?= python3
+VENV ?= .venv
+BENCH_ARGS ?=
+TORCH_ABI ?= 2.13.0
+OUT ?= benchmarks/results
+export FPET_NATIVE ?= 1
+
+ifdef FPET_PYTHON
+PY := $(FPET_PYTHON)
+READY := build/.ready
+export PYTHONPATH := $(CURDIR):$(CURDIR)/python
+else
+PY := $(CURDIR)/$(VENV)/bin/python
+READY := $(VENV)/.ready
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+endif
+NATIVE := CMakeLists.txt setup.py build_backend.py $(shell find csrc -type f)
+
+help:
+	@echo "make test         C++ tests (plain, with sanitizers), then pytest"
+	@echo "make bench        benchmarks/kernel_vs_ref.py; BENCH_ARGS='--plot' and so on"
+	@echo "make lint         the pre-commit hooks on all files"
+	@echo "make test-abi     the wheel built here, tested under torch $(TORCH_ABI) (TORCH_ABI=…)"
+	@echo "make ctest-arm    C++ tests cross-compiled for 64-bit Arm, run by qemu (g++-aarch64-linux-gnu, qemu-user)"
+	@echo "make gpu-check    tests and benchmarks on the GPU of this machine; rows and logs into OUT"
+	@echo "make setup        only .venv and the native library; make clean, make distclean (.venv too)"
+
+setup: $(READY)
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) must be 3.10 or later: make PYTHON=…"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "make: venv is missing: apt install python3-venv"; exit 1; }
+	$(VENV)/bin/python -m pip install --quiet torch torchvision timm triton 'setuptools>=77' 'cmake>=3.22' ninja 'pybind11>=2.12'
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml $(NATIVE) $(wildcard python/fpet/__init__.py)
+	$(VENV)/bin/python -m pip install --quiet --no-build-isolation --editable '.[bench,dev,fpet,timm,triton]'
+	@touch $@
+
+build/.ready: $(NATIVE)
+	@mkdir -p build
+	@if type cmake ninja c++ &> /dev/null; then $(PY) setup.py --quiet build_ext --inplace; \
+	else echo "make: cmake, ninja or c++ is missing here: taking the native library that is already there, if any"; fi
+	@touch $@
+
+test: ctest ctest-sanitize pytest
+
+# $(call run_ctest,folder,options)
+run_ctest = cmake -G Ninja -S . -B $(1) -DFPET_BUILD_TESTS=ON $(2) && cmake --build $(1) && ctest --test-dir $(1) --output-on-failure
+
+ctest: $(READY)
+	$(call run_ctest,build/ctest,-DCMAKE_BUILD_TYPE=Release)
+
+ctest-sanitize: $(READY)
+	$(call run_ctest,build/ctest-sanitize,-DCMAKE_BUILD_TYPE=RelWithDebInfo -DFPET_SANITIZE=address$(comma)undefined)
+
+ctest-arm: $(READY)
+	$(call run_ctest,build/ctest-arm,-DCMAKE_BUILD_TYPE=Release -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ '-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu')
+
+comma := ,
+
+pytest: $(READY)
+	FPET_REQUIRE_BACKENDS=cpu $(PY) -m pytest -q
+	@if compgen -G 'tests/test_triton*.py' > /dev/null; then set -x; TRITON_INTERPRET=1 $(PY) -m pytest -q tests/test_triton*.py; fi
+
+lint: $(READY)
+	PRE_COMMIT_HOME=$(CURDIR)/$(VENV)/pre-commit pre-commit run --all-files --show-diff-on-failure
+
+bench: $(READY)
+	$(PY) benchmarks/kernel_vs_ref.py $(BENCH_ARGS)
+
+gpu-check: $(READY)
+	@mkdir -p $(OUT)
+	$(PY) -m fpet_kernels | tee $(OUT)/gpu-doctor.txt || true
+	$(PY) -m pytest -q 2>&1 | tee $(OUT)/gpu-tests.txt
+	$(PY) benchmarks/kernel_vs_ref.py --device cuda $(BENCH_ARGS) 2>&1 | tee $(OUT)/gpu-bench.txt
+
+# The wheel is built against the torch of .venv; tests are copied away, so that the source tree can't be imported.
+test-abi: $(READY)
+	rm -rf build/wheel build/abi-tests
+	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	$(PY) -m venv build/abi-$(TORCH_ABI)
+	build/abi-$(TORCH_ABI)/bin/pip install --quiet torch==$(TORCH_ABI) numpy pytest hypothesis
+	build/abi-$(TORCH_ABI)/bin/pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
+	cp -r tests build/abi-tests && rm -f build/abi-tests/test_packaging.py
+	cd build/abi-tests && FPET_REQUIRE_BACKENDS=cpu ../abi-$(TORCH_ABI)/bin/python -m pytest -q -c /dev/null --rootdir . test_*.py
+
+clean:
+	rm -rf build dist *.egg-info fpet_kernels/*.so fpet_kernels/_build_info.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f $(VENV)/.ready
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,225 @@
+"""Building and installing: sdist, wheel, no compiler, switches, and where torch is looked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCH = Path(torch.__file__).parent
+NO_COMPILER = "/nowhere/c++"
+LEFT_BEHIND = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "_build_info.json", "results")
+
+missing = [name for name in ("setuptools", "pybind11", "pip") if importlib.util.find_spec(name) is None]
+missing += [name for name in ("cmake", "ninja") if shutil.which(name) is None and importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(missing), reason=f"building needs {', '.join(missing)}")
+
+
+def run(*command: object, cwd: Path, ok: bool = True, **environment: str) -> str:
+    """stdout and stderr of a command, run with none of the caller's build switches."""
+    switches = ("FPET_", "CXX", "CMAKE_", "PYTHONPATH")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(switches)} | environment
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert (done.returncode == 0) == ok, done.stdout
+    return done.stdout
+
+
+def doctor(site: Path, cwd: Path) -> dict:
+    """What ``python -m fpet_kernels --json`` says of the package installed in ``site``."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("FPET_")} | {"PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-m", "fpet_kernels", "--json"], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    facts = json.loads(done.stdout)
+    assert done.returncode == facts["status"]
+    assert Path(facts["fpet_kernels"]["location"]) == site / "fpet_kernels"
+    return facts
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the sources, with nothing built and nothing hidden."""
+    return Path(shutil.copytree(ROOT, tmp_path / "tree", ignore=LEFT_BEHIND))
+
+
+@pytest.fixture
+def backend_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    for name in ("FPET_TORCH_DIR", "FPET_NATIVE", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    spec = importlib.util.spec_from_file_location("build_backend", ROOT / "build_backend.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_sdist_builds_a_wheel_that_works(tree: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-c", f"import build_backend; build_backend.build_sdist({str(tmp_path)!r})", cwd=tree)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "sdist", filter="data")
+    (source,) = (tmp_path / "sdist").iterdir()
+    packed = {str(p.relative_to(source)) for p in source.rglob("*") if p.is_file()}
+    needed = {
+        str(p.relative_to(tree))
+        for folder in ("csrc", "fpet_kernels", "python")
+        for p in (tree / folder).rglob("*")
+        if p.is_file()
+    }
+    needed |= {"CMakeLists.txt", "LICENSE", "README.md", "build_backend.py", "pyproject.toml", "setup.py"}
+    assert needed <= packed
+    assert not [name for name in packed if name.endswith((".so", ".pyc")) or name.startswith("build/")]
+
+    # Debug compiles faster, and what is checked is the packaging; -v: pip shows nothing of a build that succeeds.
+    fast = {"FPET_NATIVE": "1", "CMAKE_ARGS": "-DCMAKE_BUILD_TYPE=Debug", "FPET_TORCH_DIR": str(TORCH)}
+    run(
+        sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, source,
+        cwd=tmp_path, **fast,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    names = {p.name for p in (site / "fpet_kernels").iterdir()}
+    assert {"libfpet_ops.so", "py.typed", "_build_info.json"} <= names
+    assert not (site / "csrc").exists() and not (site / "build_backend.py").exists()
+    python_specific = any(name.startswith("_introspect.") for name in names)
+    expected = (
+        rf"-cp{sys.version_info.major}{sys.version_info.minor}-cp\d+\w*-linux_\w+\.whl"
+        if python_specific
+        else r"-py3-none-linux_\w+\.whl"
+    )
+    assert re.search(expected, wheel.name)
+    (metadata,) = site.glob("*.dist-info/METADATA")
+    requirements = re.findall(r"^Requires-Dist: (\S+)(.*)$", metadata.read_text(), re.MULTILINE)
+    assert [name for name, marker in requirements if "extra" not in marker] == ["torch>=2.10"]
+
+    facts = doctor(site, tmp_path)
+    assert facts["chosen"]["cpu"] == "cpu" and facts["backends"]["cpu"]["self_test"]["cpu"]["ok"]
+    assert facts["build"]["recorded"]["native"] and facts["build"]["recorded"]["torch"] == torch.__version__
+    if python_specific:
+        assert facts["build"]["introspection"]["cpu_isa_in_use"] in facts["build"]["introspection"]["cpu_isas_compiled"]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [(NO_COMPILER, "no C++ compiler was found"), ("false", "cmake.* failed with status 1")],
+    ids=["none", "broken"],
+)
+def test_install_without_a_compiler_succeeds_and_says_so(tree: Path, tmp_path: Path, compiler: str, reason: str) -> None:
+    site = tmp_path / "site"
+    said = run(
+        sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--target", site, tree,
+        cwd=tmp_path, CXX=compiler,
+    )  # fmt: skip
+    assert "the pure-PyTorch path is in use" in said and re.search(reason, said)
+    assert "py3-none-any.whl" in said
+    assert not list(site.rglob("*.so"))
+    facts = doctor(site, tmp_path)
+    assert facts["chosen"]["cpu"] == "reference" and facts["status"] == 1
+    assert re.search(reason, facts["build"]["recorded"]["reason"])
+    assert not facts["backends"]["cpu"]["available"] and facts["backends"]["reference"]["self_test"]["cpu"]["ok"]
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        ({"FPET_CUDA": "1"}, "FPET_CUDA=1: .* no CUDA kernels"),
+        ({"FPET_CUDA": "yes"}, "FPET_CUDA: expected auto, 0 or 1, got 'yes'"),
+        ({"FPET_NATIVE": "1", "CXX": NO_COMPILER}, "FPET_NATIVE=1, .* no C\\+\\+ compiler was found"),
+        (
+            {"FPET_NATIVE": "1", "FPET_TORCH_DIR": "/nowhere"},
+            "FPET_TORCH_DIR: expected the folder of torch >= 2.10, got '/nowhere'",
+        ),
+    ],
+    ids=["cuda", "bad switch", "no compiler", "no torch"],
+)
+def test_a_demand_that_cannot_be_met_fails_loudly(tree: Path, switches: dict[str, str], message: str) -> None:
+    said = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, ok=False, **switches)
+    assert re.search(message, said.splitlines()[-1])
+
+
+def test_switching_native_code_off_removes_what_an_earlier_build_left(tree: Path) -> None:
+    package = tree / "fpet_kernels"
+    stale = [package / "libfpet_ops.so", package / "_introspect.cpython-311-x86_64-linux-gnu.so"]
+    for path in stale:
+        path.touch()
+    run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, FPET_NATIVE="0")
+    assert not any(path.exists() for path in stale)
+    assert "FPET_NATIVE=0" in json.loads((package / "_build_info.json").read_text())["reason"]
+
+
+def test_an_isolated_build_finds_the_torch_of_the_environment(tmp_path: Path) -> None:
+    """pip's isolation takes site-packages off sys.path, and nothing else."""
+    code = (
+        "import sys, setuptools\n"
+        f"sys.path[:] = [{str(ROOT)!r}] + [p for p in sys.path if not p.endswith('-packages')]\n"
+        "import build_backend\n"
+        "print(build_backend.find_torch()); print(build_backend.get_requires_for_build_wheel())"
+    )
+    (tmp_path / "setup.py").write_text("from setuptools import setup; setup()")
+    found, required = run(sys.executable, "-c", code, cwd=tmp_path).splitlines()[-2:]
+    assert Path(found) == TORCH
+    assert required == "[]"
+
+
+def test_torch_is_a_build_requirement_only_where_there_is_none(
+    backend_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(backend_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backend_module, "_site_packages", lambda: iter([tmp_path]))
+    monkeypatch.setattr(backend_module, "find_compiler", lambda: ["c++"])
+    assert backend_module._torch_if_missing() == ["torch>=2.10"]
+
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.9.1+cpu'\n")  # too old to compile against
+    assert backend_module._torch_if_missing() == ["torch>=2.10"]
+    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.10.0+cpu'\n")
+    assert backend_module.find_torch() == tmp_path / "torch"
+    assert backend_module._torch_if_missing() == []
+
+    (tmp_path / "torch" / "version.py").unlink()
+    monkeypatch.setenv("FPET_NATIVE", "0")
+    assert backend_module._torch_if_missing() == []
+    monkeypatch.delenv("FPET_NATIVE")
+    monkeypatch.setattr(backend_module, "find_compiler", lambda: None)
+    assert backend_module._torch_if_missing() == []
+
+
+def test_find_torch_sees_the_virtual_environment_of_the_caller(
+    backend_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Front ends that isolate in an environment of their own leave the caller's in VIRTUAL_ENV or on PATH."""
+    directory = tmp_path / "lib" / "python3.99" / "site-packages" / "torch"
+    directory.mkdir(parents=True)
+    (directory / "version.py").write_text("__version__ = '2.99.0'\n")
+    monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path))
+    assert directory.parent in backend_module._site_packages()
+    monkeypatch.delenv("VIRTUAL_ENV")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert directory.parent in backend_module._site_packages()
+
+
+def test_find_compiler(backend_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert backend_module.find_compiler() is None
+    for name in ("clang++", "g++", "ccache"):
+        (tmp_path / name).touch(mode=0o755)
+    assert backend_module.find_compiler() == ["g++"]
+    monkeypatch.setenv("CXX", "ccache clang++")
+    assert backend_module.find_compiler() == ["ccache", "clang++"]
+    monkeypatch.setenv("CXX", NO_COMPILER)
+    assert backend_module.find_compiler() is None
