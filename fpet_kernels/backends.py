@@ -50,7 +50,8 @@ def _load_library() -> Status:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return Status(False, f"{_LIBRARY_NAME} does not load: {error}", rebuild)
+        why = error.__cause__ or error  # the loader's own words, where torch wraps them
+        return Status(False, f"{_LIBRARY_NAME} does not load: {why}", rebuild)
     return Status(True, f"native C++ kernels for {platform.machine()}")
 
 

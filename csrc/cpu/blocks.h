@@ -1,0 +1,254 @@
+// The inner loops: small matrix products over register tiles, and row operations over storage types.
+// Included after vec.h, once per instruction set.
+
+namespace fpet {
+namespace FPET_ISA {
+namespace {
+
+// Register tiles: rows x vectors that leave room for the operands in 32 (AVX-512, Arm) or 16 vector registers.
+#if FPET_VEC_BYTES == 64 || defined(__aarch64__)
+constexpr int kTileRows = 6, kTileVecs = 4, kDotRows = 4, kDotCols = 6;
+#else
+constexpr int kTileRows = 6, kTileVecs = 2, kDotRows = 3, kDotCols = 4;
+#endif
+
+// --- C (m x n) [+]= A (m x k) B (k x n) ----------------------------------------------------------------------------------
+// A has any strides; B and C are row-major with n padded to whole vectors. Every element is summed over k in order, by the
+// same instructions wherever it lies in the tile, so results do not depend on how rows are cut into tasks.
+
+template <class T, int R, int V>
+inline void matmul_tile(int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, T* c, int64_t c_row,
+                        bool accumulate) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> acc[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) acc[r][v] = Vec<T>{};
+  for (int64_t p = 0; p < k; ++p) {
+    Vec<T> bv[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) bv[v] = load(b + p * b_row + v * lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> av = splat(a[r * a_row + p * a_col]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[r][v] += av * bv[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      T* p = c + r * c_row + v * lanes;
+      store(p, accumulate ? load(p) + acc[r][v] : acc[r][v]);
+    }
+}
+
+template <class T, int V>
+inline void matmul_rows(int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, T* c,
+                        int64_t c_row, bool accumulate) {
+  int64_t i = 0;
+  for (; i + kTileRows <= m; i += kTileRows)
+    matmul_tile<T, kTileRows, V>(k, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, accumulate);
+  a += i * a_row;
+  c += i * c_row;
+  switch (m - i) {
+    case 5: matmul_tile<T, 5, V>(k, a, a_row, a_col, b, b_row, c, c_row, accumulate); break;
+    case 4: matmul_tile<T, 4, V>(k, a, a_row, a_col, b, b_row, c, c_row, accumulate); break;
+    case 3: matmul_tile<T, 3, V>(k, a, a_row, a_col, b, b_row, c, c_row, accumulate); break;
+    case 2: matmul_tile<T, 2, V>(k, a, a_row, a_col, b, b_row, c, c_row, accumulate); break;
+    case 1: matmul_tile<T, 1, V>(k, a, a_row, a_col, b, b_row, c, c_row, accumulate); break;
+    default: break;
+  }
+}
+
+template <class T>
+void matmul(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, T* c,
+            int64_t c_row, bool accumulate) {
+  constexpr int lanes = kLanes<T>;
+  int64_t j = 0;
+  for (; j + kTileVecs * lanes <= n; j += kTileVecs * lanes)
+    matmul_rows<T, kTileVecs>(m, k, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate);
+  for (; kTileVecs > 2 && j + 2 * lanes <= n; j += 2 * lanes)
+    matmul_rows<T, 2>(m, k, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate);
+  for (; j < n; j += lanes) matmul_rows<T, 1>(m, k, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate);
+}
+
+// --- C (m x n) = X Gᵀ over rows given by pointers, each of `dim` elements: the products of dM ---------------------------------
+
+template <class T, int R, int Q>
+inline void dot_tile(int64_t dim, const T* const* x, const T* const* g, T* c, int64_t c_row) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> acc[R][Q];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) acc[r][q] = Vec<T>{};
+  const T *xr[R], *gq[Q];
+  for (int r = 0; r < R; ++r) xr[r] = x[r];
+  for (int q = 0; q < Q; ++q) gq[q] = g[q];
+  int64_t d = 0;
+  for (; d + lanes <= dim; d += lanes) {
+    Vec<T> xv[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) xv[r] = load(xr[r] + d);
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) {
+      const Vec<T> gv = load(gq[q] + d);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[r][q] += xv[r] * gv;
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int q = 0; q < Q; ++q) {
+      T total = sum_lanes<T>(acc[r][q]);
+      for (int64_t e = d; e < dim; ++e) total += xr[r][e] * gq[q][e];
+      c[r * c_row + q] = total;
+    }
+}
+
+template <class T, int R>
+inline void dot_rows(int64_t n, int64_t dim, const T* const* x, const T* const* g, T* c, int64_t c_row) {
+  int64_t j = 0;
+  for (; j + kDotCols <= n; j += kDotCols) dot_tile<T, R, kDotCols>(dim, x, g + j, c + j, c_row);
+  for (; j + 2 <= n; j += 2) dot_tile<T, R, 2>(dim, x, g + j, c + j, c_row);
+  for (; j < n; ++j) dot_tile<T, R, 1>(dim, x, g + j, c + j, c_row);
+}
+
+template <class T>
+void dot_products(int64_t m, int64_t n, int64_t dim, const T* const* x, const T* const* g, T* c, int64_t c_row) {
+  int64_t i = 0;
+  for (; i + kDotRows <= m; i += kDotRows) dot_rows<T, kDotRows>(n, dim, x + i, g, c + i * c_row, c_row);
+  for (; i < m; ++i) dot_rows<T, 1>(n, dim, x + i, g, c + i * c_row, c_row);
+}
+
+// --- rows of any storage type ----------------------------------------------------------------------------------------------
+
+template <class T, class S>
+inline void read_strided(T* out, const S* in, int64_t stride, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = T(to_compute(in[i * stride]));
+}
+
+template <class S>
+inline void read_row(Compute<S>* out, const S* in, int64_t stride, int64_t n) {
+  constexpr int lanes = kLanes<Compute<S>>;
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + lanes <= n; i += lanes) store(out + i, load(in + i));
+  read_strided(out + i, in + i * stride, stride, n - i);
+}
+
+// n elements of `view` from element offset `offset`, `stride` apart, converted to T.
+template <class T>
+void read_any(T* out, const View& view, int64_t offset, int64_t stride, int64_t n) {
+  switch (view.dtype) {
+    case DType::f32:
+      if constexpr (sizeof(T) == 4) read_row(out, (const float*)view.data + offset, stride, n);
+      else read_strided(out, (const float*)view.data + offset, stride, n);
+      break;
+    case DType::bf16:
+      if constexpr (sizeof(T) == 4) read_row(out, (const bf16*)view.data + offset, stride, n);
+      else read_strided(out, (const bf16*)view.data + offset, stride, n);
+      break;
+    case DType::f16:
+      if constexpr (sizeof(T) == 4) read_row(out, (const f16*)view.data + offset, stride, n);
+      else read_strided(out, (const f16*)view.data + offset, stride, n);
+      break;
+    case DType::f64: read_strided(out, (const double*)view.data + offset, stride, n); break;
+    case DType::boolean:
+      for (int64_t i = 0; i < n; ++i) out[i] = T(((const uint8_t*)view.data)[offset + i * stride] != 0);
+      break;
+  }
+}
+
+template <class T>
+T read_one(const View& view, int64_t offset) {
+  T value;
+  read_any(&value, view, offset, 0, 1);
+  return value;
+}
+
+template <class T>
+void write_any(void* out, DType dtype, int64_t offset, const T* in, int64_t n) {
+  switch (dtype) {
+    case DType::f32:
+      for (int64_t i = 0; i < n; ++i) ((float*)out)[offset + i] = float(in[i]);
+      break;
+    case DType::f64:
+      for (int64_t i = 0; i < n; ++i) ((double*)out)[offset + i] = double(in[i]);
+      break;
+    case DType::bf16:
+      for (int64_t i = 0; i < n; ++i) from_compute(float(in[i]), (bf16*)out + offset + i);
+      break;
+    case DType::f16:
+      for (int64_t i = 0; i < n; ++i) from_compute(float(in[i]), (f16*)out + offset + i);
+      break;
+    case DType::boolean: break;  // never an output
+  }
+}
+
+inline int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2; }
+
+// out = (Σ_k w[k] · rows[k]) / n. A quotient by a power of two is exact as a product, and most n are 1 or 2.
+template <class S>
+void weighted_mean(S* out, const S* const* rows, const Compute<S>* w, int64_t count, Compute<S> n, int64_t dim) {
+  using T = Compute<S>;
+  constexpr int lanes = kLanes<T>, unroll = 4;
+  const T inverse = T(1) / n;
+  // Exact for n = 2^e, where the fraction bits of n are zero; NaN, infinity and subnormal n take the division.
+  const bool power_of_two = sizeof(T) == 4 ? (bit_copy<uint32_t>(float(n)) & 0x7fffffu) == 0 && n >= 0x1p-60f && n <= 0x1p60f
+                                           : (bit_copy<uint64_t>(double(n)) & 0xfffffffffffffull) == 0 && n >= 0x1p-60 && n <= 0x1p60;
+  int64_t d = 0;
+  for (; d + unroll * lanes <= dim; d += unroll * lanes) {
+    Vec<T> acc[unroll];
+#pragma GCC unroll 4
+    for (int u = 0; u < unroll; ++u) acc[u] = load(rows[0] + d + u * lanes) * w[0];
+    for (int64_t k = 1; k < count; ++k)
+#pragma GCC unroll 4
+      for (int u = 0; u < unroll; ++u) acc[u] += load(rows[k] + d + u * lanes) * w[k];
+#pragma GCC unroll 4
+    for (int u = 0; u < unroll; ++u) store(out + d + u * lanes, power_of_two ? acc[u] * inverse : acc[u] / n);
+  }
+  for (; d + lanes <= dim; d += lanes) {
+    Vec<T> acc = load(rows[0] + d) * w[0];
+    for (int64_t k = 1; k < count; ++k) acc += load(rows[k] + d) * w[k];
+    store(out + d, power_of_two ? acc * inverse : acc / n);
+  }
+  for (; d < dim; ++d) {
+    T acc = to_compute(rows[0][d]) * w[0];
+    for (int64_t k = 1; k < count; ++k) acc += to_compute(rows[k][d]) * w[k];
+    from_compute(power_of_two ? acc * inverse : acc / n, out + d);
+  }
+}
+
+// out = w · row
+template <class S>
+void scaled_row(S* out, const S* row, Compute<S> w, int64_t dim) {
+  using T = Compute<S>;
+  constexpr int lanes = kLanes<T>;
+  int64_t d = 0;
+  for (; d + lanes <= dim; d += lanes) store(out + d, load(row + d) * w);
+  for (; d < dim; ++d) from_compute(T(to_compute(row[d]) * w), out + d);
+}
+
+// Σ_d a_d b_d
+template <class S>
+Compute<S> dot(const S* a, const S* b, int64_t dim) {
+  using T = Compute<S>;
+  constexpr int lanes = kLanes<T>;
+  Vec<T> s0{}, s1{};
+  int64_t d = 0;
+  for (; d + 2 * lanes <= dim; d += 2 * lanes) {
+    s0 += load(a + d) * load(b + d);
+    s1 += load(a + d + lanes) * load(b + d + lanes);
+  }
+  for (; d + lanes <= dim; d += lanes) s0 += load(a + d) * load(b + d);
+  T total = sum_lanes<T>(s0 + s1);
+  for (; d < dim; ++d) total += to_compute(a[d]) * to_compute(b[d]);
+  return total;
+}
+
+}  // namespace
+}  // namespace FPET_ISA
+}  // namespace fpet
