@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from .adapters.modules import PETModule
 from .quantize import QuantizedLinear, packed_size
 
-__all__ = ["ParameterCount", "count_parameters", "freeze", "parameter_roles"]
+__all__ = ["ParameterCount", "count_parameters", "freeze", "head_modules", "parameter_roles"]
 
 
 class ParameterCount(NamedTuple):
@@ -38,9 +38,7 @@ def parameter_roles(model: nn.Module, method: str | None = None) -> dict[str, st
     if method is None:
         config = getattr(model, "adapter_config", None)
         method = "none" if config is None else config.method
-    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
-    heads = classifier if isinstance(classifier, (tuple, list)) else [classifier]
-    head = {id(p) for m in heads if isinstance(m, nn.Module) for p in m.parameters()}
+    head = {id(p) for module in head_modules(model) for p in module.parameters()}
     refinement: set[int] = set()
     adapter: set[int] = set()
     for path, module in model.named_modules():
@@ -57,6 +55,13 @@ def parameter_roles(model: nn.Module, method: str | None = None) -> dict[str, st
         return "backbone"
 
     return {name: role(name, id(p)) for name, p in model.named_parameters()}
+
+
+def head_modules(model: Any) -> list[nn.Module]:
+    """timm's classifier: one module, two with distillation, or none."""
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    found = classifier if isinstance(classifier, (tuple, list)) else [classifier]
+    return [m for m in found if isinstance(m, nn.Module)]
 
 
 def freeze(model: nn.Module) -> nn.Module:
