@@ -54,15 +54,17 @@ def tool(name: str, folder: str) -> str:
 
 def run(*command: str | Path) -> None:
     """Runs a build step, its output passed on; raises Unavailable with the errors in it."""
-    done = subprocess.run(
+    lines: list[str] = []
+    with subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    print(done.stdout, flush=True)
-    if done.returncode:
-        lines = done.stdout.splitlines()
+    ) as p:
+        for line in p.stdout or ():
+            print(line, end="", flush=True)
+            lines.append(line.rstrip())
+    if p.returncode:
         first = next((i for i, line in enumerate(lines) if "error" in line.lower() or "FAILED" in line), max(0, len(lines) - 5))
-        step = " ".join(map(str, command[:2]))
-        raise Unavailable(f"{step} failed with status {done.returncode}:\n" + "\n".join(lines[first : first + 12]))
+        step = f"{Path(command[0]).name} {command[1]}"
+        raise Unavailable(f"{step} failed with status {p.returncode}:\n" + "\n".join(lines[first : first + 12]))
 
 
 def build_native(prefix: Path) -> dict[str, object]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -12,7 +14,6 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -53,17 +54,6 @@ def doctor(site: Path, cwd: Path) -> dict:
 def tree(tmp_path: Path) -> Path:
     """A copy of the sources, with nothing built and nothing hidden."""
     return Path(shutil.copytree(ROOT, tmp_path / "tree", ignore=LEFT_BEHIND))
-
-
-@pytest.fixture
-def backend_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    for name in ("FPET_TORCH_DIR", "FPET_NATIVE", "CXX"):
-        monkeypatch.delenv(name, raising=False)
-    spec = importlib.util.spec_from_file_location("build_backend", ROOT / "build_backend.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_sdist_builds_a_wheel_that_works(tree: Path, tmp_path: Path) -> None:
@@ -116,7 +106,7 @@ def test_sdist_builds_a_wheel_that_works(tree: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("compiler", "reason"),
-    [(NO_COMPILER, "no C++ compiler was found"), ("false", "cmake.* failed with status 1")],
+    [(NO_COMPILER, r"no C\+\+ compiler was found"), ("false", "cmake.* failed with status 1")],
     ids=["none", "broken"],
 )
 def test_install_without_a_compiler_succeeds_and_says_so(tree: Path, tmp_path: Path, compiler: str, reason: str) -> None:
@@ -162,64 +152,65 @@ def test_switching_native_code_off_removes_what_an_earlier_build_left(tree: Path
     assert "FPET_NATIVE=0" in json.loads((package / "_build_info.json").read_text())["reason"]
 
 
-def test_an_isolated_build_finds_the_torch_of_the_environment(tmp_path: Path) -> None:
-    """pip's isolation takes site-packages off sys.path, and nothing else."""
+def ask_backend(expression: str, tmp_path: Path, setup: str = "", **environment: str) -> object:
+    """Evaluates an expression over build_backend in an isolated build: like pip's, it hides site-packages and nothing else."""
+    overlay = tmp_path / "overlay"
+    overlay.mkdir(exist_ok=True)
+    installed = Path(importlib.metadata.distribution("setuptools").locate_file(""))
+    for path in (installed / "setuptools", *installed.glob("setuptools-*.dist-info")):
+        if not (overlay / path.name).exists():
+            (overlay / path.name).symlink_to(path)
+    (tmp_path / "setup.py").write_text("from setuptools import setup; setup(packages=[])")
     code = (
-        "import sys, setuptools\n"
-        f"sys.path[:] = [{str(ROOT)!r}] + [p for p in sys.path if not p.endswith('-packages')]\n"
-        "import build_backend\n"
-        "print(build_backend.find_torch()); print(build_backend.get_requires_for_build_wheel())"
+        f"import sys; sys.path[:] = [{str(ROOT)!r}, {str(overlay)!r}] + [p for p in sys.path if not p.endswith('-packages')]\n"
+        f"import build_backend; from pathlib import Path\n{setup}\nprint(repr({expression}))"
     )
-    (tmp_path / "setup.py").write_text("from setuptools import setup; setup()")
-    found, required = run(sys.executable, "-c", code, cwd=tmp_path).splitlines()[-2:]
-    assert Path(found) == TORCH
-    assert required == "[]"
+    return ast.literal_eval(run(sys.executable, "-c", code, cwd=tmp_path, **environment).splitlines()[-1])
 
 
-def test_torch_is_a_build_requirement_only_where_there_is_none(
-    backend_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(backend_module.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(backend_module, "_site_packages", lambda: iter([tmp_path]))
-    monkeypatch.setattr(backend_module, "find_compiler", lambda: ["c++"])
-    assert backend_module._torch_if_missing() == ["torch>=2.10"]
-
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.9.1+cpu'\n")  # too old to compile against
-    assert backend_module._torch_if_missing() == ["torch>=2.10"]
-    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.10.0+cpu'\n")
-    assert backend_module.find_torch() == tmp_path / "torch"
-    assert backend_module._torch_if_missing() == []
-
-    (tmp_path / "torch" / "version.py").unlink()
-    monkeypatch.setenv("FPET_NATIVE", "0")
-    assert backend_module._torch_if_missing() == []
-    monkeypatch.delenv("FPET_NATIVE")
-    monkeypatch.setattr(backend_module, "find_compiler", lambda: None)
-    assert backend_module._torch_if_missing() == []
+REQUIRES = "build_backend.get_requires_for_build_wheel() + build_backend.get_requires_for_build_editable()"
 
 
-def test_find_torch_sees_the_virtual_environment_of_the_caller(
-    backend_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Front ends that isolate in an environment of their own leave the caller's in VIRTUAL_ENV or on PATH."""
-    directory = tmp_path / "lib" / "python3.99" / "site-packages" / "torch"
+def test_an_isolated_build_finds_the_torch_of_the_environment(tmp_path: Path) -> None:
+    assert ask_backend("str(build_backend.find_torch())", tmp_path) == str(TORCH)
+    assert ask_backend(REQUIRES, tmp_path) == []
+
+
+def test_torch_is_a_build_requirement_only_where_it_is_missing_and_of_use(tmp_path: Path) -> None:
+    directory, compiler = tmp_path / "site" / "torch", tmp_path / "g++"
+    compiler.touch(mode=0o755)
+    nothing_else = f"build_backend._site_packages = lambda: iter([Path({str(directory.parent)!r})])"
+
+    def required(**environment: str) -> object:
+        return ask_backend(REQUIRES, tmp_path, nothing_else, **{"CXX": str(compiler), **environment})
+
+    assert required() == ["torch>=2.10", "torch>=2.10"]
+    assert required(FPET_NATIVE="0") == []
+    assert required(CXX=NO_COMPILER) == []
     directory.mkdir(parents=True)
-    (directory / "version.py").write_text("__version__ = '2.99.0'\n")
-    monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path))
-    assert directory.parent in backend_module._site_packages()
-    monkeypatch.delenv("VIRTUAL_ENV")
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    assert directory.parent in backend_module._site_packages()
+    (directory / "version.py").write_text("__version__ = '2.9.1+cpu'\n")
+    assert required() == ["torch>=2.10", "torch>=2.10"]
+    (directory / "version.py").write_text("__version__ = '2.10.0+cpu'\n")
+    assert required() == []
 
 
-def test_find_compiler(backend_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert backend_module.find_compiler() is None
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX", "PATH"])
+def test_the_torch_of_the_calling_environment_is_found(tmp_path: Path, variable: str) -> None:
+    """Front ends that isolate in an environment of their own leave the caller's in these."""
+    directory = tmp_path / "lib" / "python3.99" / "site-packages"
+    directory.mkdir(parents=True)
+    value = str(tmp_path / "bin") if variable == "PATH" else str(tmp_path)
+    assert ask_backend(f"Path({str(directory)!r}) in build_backend._site_packages()", tmp_path, **{variable: value})
+
+
+def test_find_compiler(tmp_path: Path) -> None:
+    def found(**environment: str) -> object:
+        return ask_backend("build_backend.find_compiler()", tmp_path, **{"PATH": str(tmp_path / "bin"), **environment})
+
+    assert found() is None
+    (tmp_path / "bin").mkdir()
     for name in ("clang++", "g++", "ccache"):
-        (tmp_path / name).touch(mode=0o755)
-    assert backend_module.find_compiler() == ["g++"]
-    monkeypatch.setenv("CXX", "ccache clang++")
-    assert backend_module.find_compiler() == ["ccache", "clang++"]
-    monkeypatch.setenv("CXX", NO_COMPILER)
-    assert backend_module.find_compiler() is None
+        (tmp_path / "bin" / name).touch(mode=0o755)
+    assert found() == ["g++"]
+    assert found(CXX="ccache clang++") == ["ccache", "clang++"]
+    assert found(CXX=NO_COMPILER) is None
