@@ -6,6 +6,7 @@ To add a backend: a name in ``ORDER``, a ``_status_*`` function, a rule in :func
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -18,7 +19,7 @@ from . import ops  # noqa: F401  (the schemas must exist before the native libra
 
 __all__ = ["ORDER", "Status", "backward_op", "explain", "forward_op", "refuses", "select", "status"]
 
-ORDER = ("cpu", "reference")  # preference; every backend runs only on the devices that refuses() lets through
+ORDER = ("cpu", "triton", "reference")  # preference; every backend runs only on the devices that refuses() lets through
 
 
 class Status(NamedTuple):
@@ -58,12 +59,47 @@ def _load_library() -> Status:
 _NATIVE = _load_library()
 
 
+def _find_triton() -> Status:
+    """Looks whether Triton is there without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return Status(False, "the package triton is not installed", "pip install triton")
+    if _INTERPRETED:
+        return Status(True, "Triton kernels in Triton's interpreter (TRITON_INTERPRET=1), to debug on the CPU")
+    if not (torch.cuda.is_available() or torch.xpu.is_available()):
+        return Status(False, "no GPU that Triton knows", "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, to debug them")
+    return Status(True, "Triton kernels, compiled at their first call")
+
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
+_TRITON = _find_triton()
+
+
+@torch.compiler.assume_constant_result
+def _too_old_for_triton(index: int | None) -> str | None:
+    """Why the kernels don't compile for this NVIDIA GPU; None if they do."""
+    if torch.version.hip is None and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(index)
+        if major < 8:
+            return f"compute capability {major}.{minor} has no bfloat16 matrix units; 8.0 is the first that has"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _triton_operators() -> tuple[Any, Any]:
+    """Imports Triton, at the first call that takes it."""
+    from .triton import ops as triton_ops
+
+    return triton_ops.forward, triton_ops.backward
+
+
 def status(name: str) -> Status:
     """Status of backend ``name``; raises ValueError for a name that is none."""
     if name == "reference":
         return Status(True, "pure PyTorch, any device")
     if name == "cpu":
         return _NATIVE
+    if name == "triton":
+        return _TRITON
     raise ValueError(f"backend: expected one of {', '.join(ORDER)} or None, got {name!r}")
 
 
@@ -75,6 +111,14 @@ def refuses(name: str, x: Tensor) -> str | None:
         if x.device.type != "cpu":
             return f"x is on {x.device}, and this backend runs on the CPU"
         return None if _NATIVE.available else _NATIVE.reason
+    if name == "triton":
+        if not _TRITON.available:
+            return _TRITON.reason
+        if x.device.type == "cpu":
+            return None if _INTERPRETED else "x is on the CPU, where Triton runs only under TRITON_INTERPRET=1"
+        if x.device.type not in ("cuda", "xpu"):
+            return f"x is on {x.device}, and Triton runs on cuda (ROCm too) and xpu"
+        return _too_old_for_triton(x.device.index) if x.device.type == "cuda" else None
     raise ValueError(f"backend: expected one of {', '.join(ORDER)} or None, got {name!r}")
 
 
@@ -103,11 +147,15 @@ _OPS = {"cpu": (torch.ops.fpet.bdm_forward.default, torch.ops.fpet.bdm_backward.
 
 def forward_op(name: str) -> Any:
     """The operator that runs the forward on backend ``name``."""
+    if name == "triton":
+        return _triton_operators()[0]
     return _OPS[name][0]
 
 
 def backward_op(name: str) -> Any:
     """The operator that runs the backward on backend ``name``."""
+    if name == "triton":
+        return _triton_operators()[1]
     return _OPS[name][1]
 
 

@@ -1,0 +1,129 @@
+"""Frozen launch configurations, by architecture and shape class. Nothing is tuned at a user's first call.
+
+The tables below were chosen from what the compiler reports (registers, shared memory, no spills: ``python -m
+fpet_kernels.triton.report``), not from timings. ``benchmarks/tune.py`` times the candidates on a GPU and prints the rows to put
+here. What changes a rounding (block sizes along sources and destinations, warps, the way float32 products are made) depends on
+the architecture and the shape of one image only, never on the batch: an image's result does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+__all__ = ["TABLES", "Architecture", "Short", "Tiles", "architecture_of", "next_power", "short_class"]
+
+
+@dataclass(frozen=True)
+class Short:
+    """One fused launch over whole images.
+
+    Attributes:
+        block_a: sources whose scores are in registers at once; block_d: columns of x per step.
+        warps, stages: of the kernel.
+    """
+
+    block_a: int
+    block_d: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiled kernels: sources, destinations, channels of the key and columns of x per tile."""
+
+    block_a: int
+    block_b: int
+    block_c: int
+    block_d: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything frozen for one kind of GPU.
+
+    Attributes:
+        forward, backward: by (bytes of x's element, destinations rounded up to a power of two).
+        programs: programs that fill the GPU; a short forward splits D until it has as many.
+        tiles, tiles_double: long grids, and float64 anywhere.
+        split_float32: float32 products from bfloat16 parts on matrix units (else float32 multiply-adds).
+        shared: bytes of shared memory a program may use.
+    """
+
+    forward: dict[tuple[int, int], Short]
+    backward: dict[tuple[int, int], Short]
+    programs: int
+    tiles: Tiles
+    tiles_double: Tiles
+    split_float32: bool
+    shared: int
+
+
+# Small tiles: float64 products are made without matrix units, as a sum over a three-dimensional block.
+_DOUBLE = Tiles(block_a=16, block_b=16, block_c=16, block_d=16, warps=4, stages=1)
+
+_FORWARD = {
+    (2, 16): Short(16, 64, 4, 3),
+    (2, 32): Short(32, 64, 4, 3),
+    (2, 64): Short(64, 64, 4, 3),
+    (2, 128): Short(128, 64, 8, 3),
+    (2, 256): Short(64, 64, 8, 2),
+    (4, 16): Short(16, 32, 4, 2),
+    (4, 32): Short(32, 32, 4, 2),
+    (4, 64): Short(64, 32, 4, 2),
+    (4, 128): Short(128, 32, 8, 2),
+    (4, 256): Short(64, 32, 8, 2),
+}
+_BACKWARD = {
+    (2, 16): Short(16, 64, 4, 2),
+    (2, 32): Short(32, 64, 4, 2),
+    (2, 64): Short(64, 64, 4, 2),
+    (2, 128): Short(64, 64, 8, 2),
+    (2, 256): Short(32, 64, 8, 2),
+    (4, 16): Short(16, 32, 4, 2),
+    (4, 32): Short(32, 32, 4, 2),
+    (4, 64): Short(64, 32, 4, 2),
+    (4, 128): Short(64, 32, 8, 2),
+    (4, 256): Short(32, 32, 8, 2),
+}
+
+TABLES: dict[str, Architecture] = {
+    "sm80": Architecture(_FORWARD, _BACKWARD, 216, Tiles(64, 64, 64, 32, 4, 2), _DOUBLE, True, 166_912),
+    "sm90": Architecture(_FORWARD, _BACKWARD, 264, Tiles(64, 64, 64, 64, 4, 2), _DOUBLE, True, 232_448),
+    "sm100": Architecture(_FORWARD, _BACKWARD, 296, Tiles(64, 64, 64, 64, 4, 2), _DOUBLE, True, 232_448),
+    "gfx942": Architecture(_FORWARD, _BACKWARD, 304, Tiles(64, 64, 64, 32, 4, 2), _DOUBLE, True, 65_536),
+    # Anything else: the least demanding of the above, for 99 KiB of shared memory (sm_86, sm_89, sm_120).
+    "other": Architecture(_FORWARD, _BACKWARD, 128, Tiles(32, 32, 32, 32, 4, 1), _DOUBLE, True, 101_376),
+}
+
+
+def next_power(n: int) -> int:
+    """Smallest power of two ≥ n, at least 16: the smallest block of a matrix product."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def short_class(num_a: int, num_b: int, channels: int, hidden: int) -> int | None:
+    """Destinations rounded up where the fused kernels take the problem; None where the tiled ones do."""
+    if max(num_a, num_b) > 256 or num_a < 1 or channels > 128 or hidden > 64:
+        return None
+    return next_power(num_b)
+
+
+@functools.lru_cache(maxsize=64)
+def architecture_of(device_type: str, index: int | None) -> str:
+    """The key into ``TABLES`` for a device."""
+    import torch
+
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return "other"
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    else:
+        major, minor = torch.cuda.get_device_capability(index)
+        name = f"sm{major}{minor}"
+        if name == "sm103":  # the same limits as sm_100
+            name = "sm100"
+    return name if name in TABLES else "other"
