@@ -197,8 +197,8 @@ def latent_weight(codes: Tensor, mean: float, std: float, bits: int) -> Tensor:
     """A weight that quantises to the given codes, mean and std, so that training can go on from a stored one.
 
     The rounded weights themselves don't do: their mean and std are others. One bit has two unknown values and two
-    conditions, hence a closed form. More bits stretch the levels to the mean and std wanted, keep each weight in its
-    cell, and repeat.
+    conditions, hence a closed form. More bits move the weights off their levels to the mean and std wanted, those in wide
+    cells more than others; those that would leave their cell stop at its edge, and the others go on.
 
     Args:
         codes: int64, any shape. mean, std: of the weight wanted, unbiased std. bits: 1, 2, 4 or 8.
@@ -210,24 +210,33 @@ def latent_weight(codes: Tensor, mean: float, std: float, bits: int) -> Tensor:
         ValueError: no such weight was found: the codes were not made from a weight of this mean and std.
     """
     n = codes.numel()
-    sigma = std / (std + _EPS)  # the standardised weight's own standard deviation
+    if std == 0:
+        return torch.full(codes.shape, mean)
+    scale = std + _EPS
+    square = (n - 1) * (std / scale) ** 2  # of the standardised weight: its sum is 0, its sum of squares this
     if bits == 1:
         high = int(codes.sum())
-        if high in (0, n) and std > 0:
+        if high in (0, n):
             raise ValueError(f"codes: expected both values among the codes of a weight with std {std}, got one value alone")
-        spread = 0.0 if std == 0 else math.sqrt((n - 1) / n)
-        up, down = (spread * math.sqrt((n - high) / high), -spread * math.sqrt(high / (n - high))) if std > 0 else (0.0, 0.0)
-        z = torch.where(codes > 0, up, down).double() * sigma
-        return ((z * (std + _EPS)) + mean).float()
+        up, down = math.sqrt(square * (n - high) / (n * high)), -math.sqrt(square * high / (n * (n - high)))
+        return (torch.where(codes > 0, up, down).double() * scale + mean).float()
 
     table = torch.tensor(levels(bits), dtype=torch.float64)
-    bounds = torch.cat([table.new_tensor([-math.inf]), (table[1:] + table[:-1]) / 2, table.new_tensor([math.inf])])
-    margin = 1e-3 * (table[1:] - table[:-1]).min()
-    low, high_ = bounds[codes] + margin, bounds[codes + 1] - margin
-    z = table[codes]
-    for _ in range(1000):
-        z = (z - z.mean()) * (sigma / z.std()) if std > 0 else torch.zeros_like(z)
-        if bool(((z >= low) & (z <= high_)).all()):
-            return (z * (std + _EPS) + mean).float()
+    middle = (table[1:] + table[:-1]) / 2
+    reach = 2 * (table[-1:] - middle[-1:])
+    bounds = torch.cat([middle[:1] - reach, middle, middle[-1:] + reach])
+    width = (bounds[1:] - bounds[:-1])[codes].flatten()
+    bounds[0], bounds[-1] = -math.inf, math.inf  # the outer cells count as 2 × reach wide, but have no end
+    low, high_ = bounds[codes].flatten() + 1e-3 * width, bounds[codes + 1].flatten() - 1e-3 * width
+    z, mobility = table[codes].flatten(), width**2  # the wider a cell, the more its weights move
+    for _ in range(200):  # a step of Newton's method along the two gradients, 1 and 2 z
+        wanted = torch.stack([-z.sum(), square - z.square().sum()])
+        if bool(wanted.abs().max() < 1e-9 * n):
+            return (z * scale + mean).float().view(codes.shape)
+        gradients = torch.stack([torch.ones_like(z), 2 * z])
+        steps = gradients * mobility
+        z = z + torch.linalg.pinv(gradients @ steps.T, hermitian=True) @ wanted @ steps
+        outside = (z < low) | (z > high_)
         z = z.clamp(low, high_)
+        mobility = mobility * ~outside
     raise ValueError(f"codes: found no {bits}-bit weight with these codes, mean {mean} and std {std}")
