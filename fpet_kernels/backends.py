@@ -84,7 +84,6 @@ def _too_old_for_triton(index: int | None) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _triton_operators() -> tuple[Any, Any]:
     """Imports Triton, at the first call that takes it."""
     from .triton import ops as triton_ops

@@ -15,10 +15,13 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import ops as base
-from . import configs, long
+from . import configs, long, short
 from .primitives import INTERPRETED
 
 __all__ = ["backward", "forward"]
+
+
+_SPREAD_ROWS = 16  # rows of the gather in the backward, one program's share
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -85,9 +88,17 @@ class _Problem:
         self.s_up = (0, 0) if w_up is None else w_up.stride()
         self.s_mask = (0, 0, 0) if dropout_mask is None else dropout_mask.stride()
         self.scale = _two_floats(scale)
+        self.spread_columns = min(256, configs.next_power(self.dim))
 
     def new(self, *shape: int) -> Tensor:
         return self.x.new_empty(shape, dtype=self.score_dtype)
+
+    def short_flags(self) -> dict[str, Any]:
+        return {
+            "BB": self.short, "BC": configs.next_power(self.channels), "BH": configs.next_power(max(self.hidden, 1)),
+            "LISTED": self.listed, "SIZED": self.size is not None, "REFINED": self.refined, "MASKED": self.masked,
+            "DELTA": self.delta, "COSINE": self.cosine, "RAW": self.raw, "SPLIT": self.split,
+        }  # fmt: skip
 
     def prepare(self) -> tuple[Tensor, Tensor]:
         """k' of every row (B, N_A + N_B, C) and its norm."""
@@ -131,6 +142,23 @@ def _forward_long(q: _Problem, tokens: Tensor, merged_size: Tensor, match: Tenso
     )  # fmt: skip
 
 
+def _forward_short(q: _Problem, tokens: Tensor, merged_size: Tensor, match: Tensor, second: Tensor, mid: Tensor) -> None:
+    config = q.arch.forward[q.x.element_size(), q.short]
+    # The batch decides only how many programs share an image's columns; what each one computes stays the same.
+    columns = _cdiv(q.dim, config.block_d)
+    steps = _cdiv(columns, min(columns, max(1, q.arch.programs // q.batch)))
+    parts = _cdiv(columns, steps)
+    block_a = min(config.block_a, configs.next_power(q.num_a))
+    _launch(
+        short.merge_short, (q.batch * parts,),
+        q.x, q.key, q.p_size, q.p_down, q.p_up, q.p_mask, q.p_delta, q.p_a, q.p_b, tokens, merged_size, match, second, mid,
+        *q.s_x, *q.key.stride(), *q.s_size, *q.s_down, *q.s_up, *q.s_mask, *q.s_delta,
+        q.num_a, q.num_b, q.prefix, q.width, q.dim, q.channels, q.heads, q.hidden, *q.scale, parts, steps,
+        BA=block_a, BD=config.block_d, ONE=block_a >= q.num_a, **q.short_flags(),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+
+
 def _launch_forward(
     x: Tensor, key: Tensor, size: Tensor | None, w_down: Tensor | None, w_up: Tensor | None, dropout_mask: Tensor | None,
     key_delta: Tensor | None, split_a: Tensor | None, split_b: Tensor | None, grid_h: int, grid_w: int,
@@ -142,7 +170,8 @@ def _launch_forward(
     outputs = base.forward_outputs(*args)
     if x.shape[0] == 0:
         return outputs
-    _forward_long(_Problem(*args), *outputs)
+    q = _Problem(*args)
+    (_forward_long if q.short is None else _forward_short)(q, *outputs)
     return outputs
 
 
@@ -166,7 +195,10 @@ def _launch_backward(
     if q.batch == 0:
         return outputs
     match, second, mid = match.contiguous(), second.contiguous(), mid.contiguous()
-    _backward_long(q, grad_tokens, grad_size, tokens, merged_size.contiguous(), match, second, mid, outputs, *needs)
+    fused = q.short is not None and (need_weights or need_refined or need_key)
+    (_backward_short if fused else _backward_long)(
+        q, grad_tokens, grad_size, tokens, merged_size.contiguous(), match, second, mid, outputs, *needs
+    )
     return outputs
 
 
@@ -182,12 +214,11 @@ def _backward_long(
     s_gs = (0, 0) if grad_size is None else grad_size.stride()[:2]
     warp = {"num_warps": t.warps, "num_stages": t.stages}
     if need_x or need_size:
-        block_d = min(256, configs.next_power(q.dim))
         _launch(
-            long.spread_gradient_kernel, (q.batch * _cdiv(q.merged + q.num_a, 16),),
+            long.spread_gradient_kernel, (q.batch * _cdiv(q.merged + q.num_a, _SPREAD_ROWS),),
             grad_tokens, p_grad_size, q.x, q.p_size, tokens, merged_size, match, q.p_a, q.p_b, grad_x, grad_in_size,
             *grad_tokens.stride(), *s_gs, *q.s_x, *q.s_size, *tokens.stride(), q.num_a, q.merged, q.prefix, q.width, q.dim,
-            BR=16, BD=block_d, LISTED=q.listed, SIZED=sized, GRAD_SIZE=with_size, NEED_X=need_x, NEED_SIZE=need_size,
+            BR=_SPREAD_ROWS, BD=q.spread_columns, LISTED=q.listed, SIZED=sized, GRAD_SIZE=with_size, NEED_X=need_x, NEED_SIZE=need_size,
             DOUBLE=q.double, num_warps=4,
         )  # fmt: skip
     if not (need_weights or need_refined or need_key) or q.num_a == 0:
@@ -199,7 +230,7 @@ def _backward_long(
     _launch(
         long.merged_size_gradient, (q.batch * _cdiv(q.num_b, 16),),
         grad_tokens, p_grad_size, tokens, merged_size, gamma, *grad_tokens.stride(), *s_gs, *tokens.stride(),
-        q.num_b, q.merged, q.prefix, q.dim, BR=16, BD=min(256, configs.next_power(q.dim)), GRAD_SIZE=with_size,
+        q.num_b, q.merged, q.prefix, q.dim, BR=16, BD=q.spread_columns, GRAD_SIZE=with_size,
         DOUBLE=q.double, num_warps=4,
     )  # fmt: skip
     flags = {"LISTED": q.listed, "COSINE": q.cosine, "DOUBLE": q.double, "SPLIT": q.split}
@@ -231,6 +262,30 @@ def _backward_long(
             BR=rows, BC=t.block_c, BH=block_h, LISTED=q.listed, MASKED=q.masked, DOUBLE=q.double, SPLIT=q.split, **warp,
         )  # fmt: skip
         _reduce(q, partial, pieces, grad_down, grad_up)
+
+
+def _backward_short(
+    q: _Problem, grad_tokens: Tensor, grad_size: Tensor | None, tokens: Tensor, merged_size: Tensor, match: Tensor,
+    second: Tensor, mid: Tensor, outputs: tuple, need_x: bool, need_size: bool, need_weights: bool, need_refined: bool,
+    need_key: bool,
+) -> None:  # fmt: skip
+    grad_x, grad_in_size, grad_down, grad_up, grad_refined, grad_key = outputs
+    config = q.arch.backward[q.x.element_size(), q.short]
+    partial = q.new(q.batch, 2, q.channels, q.hidden) if need_weights else merged_size
+    spread = _cdiv(q.merged + q.num_a, _SPREAD_ROWS) if need_x or need_size else 0
+    _launch(
+        short.backward_short, (q.batch * (1 + spread),),
+        grad_tokens, grad_tokens if grad_size is None else grad_size, q.x, q.key, q.p_size, q.p_down, q.p_up, q.p_mask,
+        q.p_delta, q.p_a, q.p_b, tokens, merged_size, match, second, mid, grad_x, grad_in_size, grad_refined, grad_key, partial,
+        *grad_tokens.stride(), *((0, 0) if grad_size is None else grad_size.stride()[:2]), *q.s_x, *q.key.stride(), *q.s_size,
+        *tokens.stride(), *q.s_down, *q.s_up, *q.s_mask, *q.s_delta,
+        q.num_a, q.num_b, q.prefix, q.width, q.dim, q.channels, q.heads, q.hidden, *q.scale, spread,
+        BA=min(config.block_a, configs.next_power(q.num_a)), BD=config.block_d, BR=_SPREAD_ROWS, BS=q.spread_columns,
+        GRAD_SIZE=grad_size is not None, NEED_X=need_x, NEED_SIZE=need_size, NEED_WEIGHTS=need_weights,
+        NEED_REFINED=need_refined, NEED_KEY=need_key, **q.short_flags(), num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if need_weights:
+        _reduce(q, partial, q.batch, grad_down, grad_up)
 
 
 def _reduce(q: _Problem, partial: Tensor, pieces: int, grad_down: Tensor, grad_up: Tensor) -> None:
