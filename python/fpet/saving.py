@@ -118,7 +118,7 @@ def backbone_hash(model: nn.Module, method: str | None = None) -> str:
         method: whose frozen parameters; None takes that of the model's own adapters. Folded or cast weights are others.
     """
     roles = parameter_roles(model, method)
-    frozen = {name: p for name, p in model.named_parameters() if roles[name] == "backbone"}
+    frozen: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if roles[name] == "backbone"}
     kept = model.state_dict()
     frozen |= {name: b for name, b in model.named_buffers() if name in kept}
     return _digest(frozen)
@@ -199,12 +199,12 @@ def _assign(model: nn.Module, values: dict[str, Tensor]) -> None:
         parameters[name].copy_(value)
 
 
-def _digest(tensors: dict[str, Any]) -> str:
+def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {_dtype_name(tensor.dtype)} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     return digest.hexdigest()
 
 

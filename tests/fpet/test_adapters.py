@@ -8,10 +8,13 @@ import fpet
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from fpet.adapters import METHODS, PETModule
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 FOLDABLE = ("lora", "bi-lora", "repadapter", "ssf", "fact-tt")
 IDENTITY = ("none", "linear", "full", "bitfit", "adaptformer", "lora", "repadapter", "fact-tt")  # at first
@@ -322,6 +325,27 @@ def test_gradient_checkpointing_changes_nothing(method):
     assert gradients[0].keys() == gradients[1].keys()
     for name, grad in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], grad)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sharded_model_computes_the_same(method, one_process):
+    plain = fpet.freeze(fpet.apply(shake(add(vit(), method)), 1, refinement=True)).eval()
+    sharded = copy.deepcopy(plain)
+    for module in (*sharded.blocks, sharded):
+        fully_shard(module, mesh=one_process)
+    for model in (plain, sharded):
+        model(images()).square().sum().backward()
+    for (name, p), ours in zip(plain.named_parameters(), sharded.parameters(), strict=True):
+        assert (ours.grad is None) == (p.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(ours.grad.full_tensor(), p.grad)
 
 
 # --- training --------------------------------------------------------------------------------------------------------

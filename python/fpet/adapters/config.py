@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ..quantize import BITS
 
@@ -53,7 +54,7 @@ class AdapterConfig:
         for name, value in given.items():
             if absent[name] and value is not None and value != getattr(default, name):
                 raise ValueError(f"{name}: the method {method!r} has none, got {value!r}")
-        values = {name: getattr(default, name) if value is None else value for name, value in given.items()}
+        values: dict[str, Any] = {name: getattr(default, name) if value is None else value for name, value in given.items()}
         if not isinstance(values["hidden_dim"], int) or values["hidden_dim"] < (default.hidden_dim > 0):
             raise ValueError(f"hidden_dim: expected an integer of at least 1, got {values['hidden_dim']!r}")
         if values["bits"] not in (*BITS, 32):

@@ -15,7 +15,7 @@ from .modules import BottleneckAdapter, FacT, FacTFactors, PETModule, Prompts, R
 
 __all__ = ["add_adapters", "fold", "remove_adapters", "transformer_blocks"]
 
-_Update = tuple[nn.Module, Tensor, Tensor | None]  # a layer, its new weight, its new bias, in float64
+_Update = tuple[Any, Tensor, Tensor | None]  # a layer, its new weight, its new bias, in float64
 
 _FOLDABLE = ("lora", "bi-lora", "repadapter", "ssf", "fact-tt")
 
@@ -61,8 +61,9 @@ def add_adapters(
         TypeError: the model has no place for the method; it is left as it was.
     """
     config = AdapterConfig.resolve(method, hidden_dim, scale, bits, dropout)
-    if getattr(model, "adapter_config", None) is not None:
-        raise ValueError(f"model: has {model.adapter_config.method!r} adapters already: fpet.remove_adapters(model) first")
+    present = getattr(model, "adapter_config", None)
+    if present is not None:
+        raise ValueError(f"model: has {present.method!r} adapters already: fpet.remove_adapters(model) first")
     blocks = transformer_blocks(model)
     model.adapter_config = config  # type: ignore[assignment]
     try:
@@ -123,7 +124,7 @@ def fold(model: nn.Module) -> nn.Module:
     return remove_adapters(model)
 
 
-def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+def transformer_blocks(model: nn.Module) -> list[Any]:
     """``model.blocks`` as a list; TypeError where there are none."""
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
@@ -154,7 +155,7 @@ def _shift_prefix(model: Any, by: int) -> None:
     model.num_prefix_tokens += by
     for block in transformer_blocks(model):
         if hasattr(block.attn, "num_prefix_tokens"):  # rotary embeddings leave that many alone
-            block.attn.num_prefix_tokens += by  # type: ignore[union-attr]
+            block.attn.num_prefix_tokens += by
 
 
 def _refuse_set_input_size(*args: Any, **kwargs: Any) -> None:
@@ -210,7 +211,7 @@ def _mlp(block: nn.Module) -> Any:
 def _qkv(attention: Any) -> list[nn.Linear]:
     """[qkv], or [q_proj, k_proj, v_proj]."""
     fused = getattr(attention, "qkv", None)
-    layers = [fused] if fused is not None else [getattr(attention, f"{n}_proj", None) for n in "qkv"]
+    layers: list[Any] = [fused] if fused is not None else [getattr(attention, f"{n}_proj", None) for n in "qkv"]
     if any(not hasattr(layer, "out_features") for layer in layers):
         raise TypeError(f"model: expected attention with qkv, or q_proj, k_proj and v_proj, got {type(attention).__name__}")
     return layers
@@ -301,7 +302,8 @@ def _install_repadapter(model: nn.Module, blocks: list[nn.Module], config: Adapt
 
 
 def _install_ssf(model: nn.Module, blocks: list[nn.Module], config: AdapterConfig) -> None:
-    for layer in [*_outer_layers(model), *(layer for block in blocks for layer in _ssf_layers(block))]:
+    layers: list[Any] = [*_outer_layers(model), *(layer for block in blocks for layer in _ssf_layers(block))]
+    for layer in layers:
         if isinstance(layer, nn.Conv2d):
             ssf = ScaleShift(layer.out_channels, channel_dim=1)
         else:
@@ -404,14 +406,16 @@ def _fold_ssf(block: nn.Module) -> list[_Update]:
     return [_folded_scale_shift(layer) for layer in _ssf_layers(block)]
 
 
-def _folded_scale_shift(layer: nn.Module) -> _Update:
+def _folded_scale_shift(layer: Any) -> _Update:
     if not isinstance(layer, (nn.Linear, nn.Conv2d, nn.LayerNorm)):
         raise TypeError(f"model: expected nn.Linear, nn.Conv2d or nn.LayerNorm to fold into, got {type(layer).__name__}")
-    scale, shift = layer.ssf.scale.double(), layer.ssf.shift.double()  # type: ignore[union-attr]
+    ssf: Any = layer.ssf
+    scale, shift = ssf.scale.double(), ssf.shift.double()
     if layer.weight is None:
         return layer, scale, shift
     weight = layer.weight.double() * scale.view(-1, *[1] * (layer.weight.dim() - 1))
-    return layer, weight, shift if layer.bias is None else layer.bias.double() * scale + shift
+    bias: Tensor | None = layer.bias
+    return layer, weight, shift if bias is None else bias.double() * scale + shift
 
 
 def _fold_fact(block: nn.Module) -> list[_Update]:
