@@ -9,6 +9,7 @@ from .freeze import ParameterCount, count_parameters, freeze
 from .models import MergeConfig, MergedFeatures, merged_features
 from .patch import apply, merged, remove
 from .refinement import KeyRefinement
+from .saving import import_authors, import_petl_vit, load, save
 
 __all__ = [
     "AdapterConfig",
@@ -21,8 +22,12 @@ __all__ = [
     "count_parameters",
     "fold",
     "freeze",
+    "import_authors",
+    "import_petl_vit",
+    "load",
     "merged",
     "merged_features",
     "remove",
     "remove_adapters",
+    "save",
 ]
