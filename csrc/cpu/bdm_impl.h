@@ -13,11 +13,15 @@ namespace FPET_ISA {
 namespace {
 
 constexpr int64_t kKeyRows = 48;     // rows of the key path that are refined at once
-constexpr int64_t kScoreCols = 512;  // columns of scores that are ranked at once
+constexpr int64_t kScoreRows = 24;   // destinations whose scores are ranked at once
 constexpr int64_t kPairRows = 32, kPairCols = 128;  // a tile of dM and ds in the backward
 constexpr int64_t kMaxChunks = 16;   // of sources, each with its own partial sum of dk̂_B
 constexpr int64_t kMaxGroups = 256;  // of images, each with its own partial sum of the weight gradients
 constexpr int64_t kSerialWork = 1 << 16;  // multiply-adds below which a second thread costs more than it saves
+
+constexpr int64_t kStreamBytes = 16 << 20;  // outputs from this size on are written past the caches
+constexpr int64_t kKeyAhead = 16;  // rows between fetching a key and using it
+constexpr int64_t kAheadBytes = 640 << 10;  // fetched ahead of use: most of a second-level cache
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -77,7 +81,7 @@ void group_sources(const int64_t* match, int64_t num_a, int64_t num_b, int64_t p
 // What all images share: positions of the two sets, and the refinement's weights in compute precision, padded.
 template <class T>
 struct Shared {
-  int64_t cp, hp, nbp, panels;       // C, h and N_B padded to whole vectors; N_B in panels
+  int64_t cp, hp, nap, nbp;          // C, h, N_A and N_B padded to whole vectors
   int64_t *pos_a, *pos_b;            // (N_A), (N_B): index in the N tokens
   T *down_t, *up_t;                  // (C, hp), (h, cp): W_downᵀ, W_upᵀ
   T *down, *up;                      // (h, cp), (C, hp): backward only
@@ -87,8 +91,8 @@ struct Shared {
   void plan(Arena& arena, const Problem& p, bool backward) {
     cp = round_up(p.channels, kLanes<T>);
     hp = round_up(p.hidden, kLanes<T>);
+    nap = round_up(p.num_a, kLanes<T>);
     nbp = round_up(p.num_b, kLanes<T>);
-    panels = ceil_div(p.num_b, panel_cols);
     pos_a = arena.take<int64_t>(p.num_a);
     pos_b = arena.take<int64_t>(p.num_b);
     down_t = arena.take<T>(p.channels * hp);
@@ -120,16 +124,16 @@ struct Shared {
 // One image's refined and normalised keys; sources and destinations are rows 0 .. N_A and N_A .. N_A + N_B of one list.
 template <class T>
 struct Keys {
-  T* a;        // (N_A, cp)
-  T* b_t;      // panels of (C, panel_cols): k̂_Bᵀ
-  T* b;        // (N_B, cp), backward only, like the next two
+  T* turned;   // panels of (C, panel_cols): k̂_Aᵀ in the forward, k̂_Bᵀ in the backward
+  T* b;        // (N_B, cp)
+  T* a;        // (N_A, cp), backward only, like the next two
   T* norm;     // (N_A + N_B)
   T* hidden;   // (N_A + N_B, hp), after ReLU and dropout mask
 
   void plan(Arena& arena, const Problem& p, const Shared<T>& s, bool backward) {
-    a = arena.take<T>(p.num_a * s.cp);
-    b_t = arena.take<T>(s.panels * s.panel_cols * p.channels);
-    b = backward ? arena.take<T>(p.num_b * s.cp) : nullptr;
+    turned = arena.take<T>(round_up(backward ? p.num_b : p.num_a, s.panel_cols) * p.channels);
+    b = arena.take<T>(p.num_b * s.cp);
+    a = backward ? arena.take<T>(p.num_a * s.cp) : nullptr;
     norm = backward ? arena.take<T>(p.num_a + p.num_b) : nullptr;
     hidden = backward ? arena.take<T>((p.num_a + p.num_b) * s.hp) : nullptr;
   }
@@ -169,6 +173,24 @@ void read_key(T* out, T* row, const Problem& p, int64_t cp, int64_t image, int64
   for (int64_t c = 0; c < cp; c += lanes) store(out + c, load(out + c) / T(p.heads));
 }
 
+// Column `at` of the panels. Whole vectors are multiplied later: behind the last key there must be numbers.
+template <class T>
+void turn_key(const Problem& p, const Shared<T>& s, T* turned, const T* key, int64_t at, int64_t count, int64_t padded) {
+  for (int64_t column = at; column < (at == count - 1 ? padded : at + 1); ++column) {
+    T* panel = turned + column / s.panel_cols * s.panel_cols * p.channels + column % s.panel_cols;
+    for (int64_t c = 0; c < p.channels; ++c) panel[c * s.panel_cols] = column == at ? key[c] : T(0);
+  }
+}
+
+// Starts fetching the key of token n into the second-level cache.
+inline void prefetch_key(const Problem& p, int64_t image, int64_t n) {
+  if (p.key.stride[3] != 1) return;
+  const int64_t bytes = size_of(p.key.dtype);
+  const char* row = (const char*)p.key.data + (image * p.key.stride[0] + n * p.key.stride[2]) * bytes;
+  for (int64_t h = 0; h < p.heads; ++h, row += p.key.stride[1] * bytes)
+    for (int64_t at = 0; at < p.channels * bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
 // k' and k̂ of rows [begin, end).
 template <class T>
 void refine_keys(const Problem& p, const Shared<T>& s, const Keys<T>& keys, const KeyScratch<T>& t, int64_t image, int64_t begin,
@@ -176,7 +198,10 @@ void refine_keys(const Problem& p, const Shared<T>& s, const Keys<T>& keys, cons
   constexpr int lanes = kLanes<T>;
   for (int64_t r0 = begin; r0 < end; r0 += kKeyRows) {
     const int64_t rows = min64(kKeyRows, end - r0);
-    for (int64_t r = 0; r < rows; ++r) read_key(t.key + r * s.cp, t.row, p, s.cp, image, position(p, s, r0 + r));
+    for (int64_t r = 0; r < rows; ++r) {
+      if (r0 + r + kKeyAhead < end) prefetch_key(p, image, position(p, s, r0 + r + kKeyAhead));
+      read_key(t.key + r * s.cp, t.row, p, s.cp, image, position(p, s, r0 + r));
+    }
     if (p.hidden) {
       T* hidden = keys.hidden ? keys.hidden + r0 * s.hp : t.hidden;
       matmul(rows, s.hp, p.channels, t.key, s.cp, int64_t(1), s.down_t, s.hp, hidden, s.hp, false);
@@ -201,127 +226,75 @@ void refine_keys(const Problem& p, const Shared<T>& s, const Keys<T>& keys, cons
       T* k = t.key + r * s.cp;
       if (p.cosine) {
         const T norm = T(__builtin_sqrt(double(dot(k, k, s.cp))));
-        const T floor = norm > T(1e-12) || norm != norm ? norm : T(1e-12);
-        for (int64_t c = 0; c < s.cp; c += lanes) store(k + c, load(k + c) / floor);
+        const T inverse = T(1) / (norm > T(1e-12) || norm != norm ? norm : T(1e-12));
+        for (int64_t c = 0; c < s.cp; c += lanes) store(k + c, load(k + c) * inverse);
         if (keys.norm) keys.norm[r0 + r] = norm;
       }
-      const int64_t row = r0 + r;
-      if (row < p.num_a) {
+      const int64_t row = r0 + r, j = row - p.num_a;
+      if (j >= 0) {
+        memcpy(keys.b + j * s.cp, k, size_t(s.cp) * sizeof(T));
+        if (keys.a) turn_key(p, s, keys.turned, k, j, p.num_b, s.nbp);
+      } else if (keys.a) {
         memcpy(keys.a + row * s.cp, k, size_t(s.cp) * sizeof(T));
-        continue;
+      } else {
+        turn_key(p, s, keys.turned, k, row, p.num_a, s.nap);
       }
-      const int64_t j = row - p.num_a;
-      T* panel = keys.b_t + j / s.panel_cols * s.panel_cols * p.channels + j % s.panel_cols;
-      for (int64_t c = 0; c < p.channels; ++c) panel[c * s.panel_cols] = k[c];
-      if (keys.b) memcpy(keys.b + j * s.cp, k, size_t(s.cp) * sizeof(T));
-      if (j == p.num_b - 1)  // whole vectors are multiplied: the last one's unused columns must hold numbers
-        for (int64_t jp = p.num_b; jp < s.nbp; ++jp) {
-          T* pad = keys.b_t + jp / s.panel_cols * s.panel_cols * p.channels + jp % s.panel_cols;
-          for (int64_t c = 0; c < p.channels; ++c) pad[c * s.panel_cols] = 0;
-        }
     }
   }
-}
-
-// Scores of `rows` sources from `a` with destinations [j0, j0 + cols), j0 on a panel's edge; cols padded to whole vectors.
-template <class T>
-void score_tile(const Problem& p, const Shared<T>& s, const Keys<T>& keys, const T* a, int64_t rows, int64_t j0, int64_t cols,
-                T* out, int64_t out_row) {
-  for (int64_t j = 0; j < cols; j += s.panel_cols)
-    matmul(rows, min64(s.panel_cols, cols - j), p.channels, a, s.cp, int64_t(1), keys.b_t + (j0 + j) * p.channels, s.panel_cols,
-           out + j, out_row, false);
 }
 
 // --- forward -------------------------------------------------------------------------------------------------------------------
 
-template <class T>
-struct Best {
-  Vec<T> first, second;        // the two largest scores of every lane's columns
-  Vec<Int<T>> first_at, second_at;
-};
-
-template <class T>
-void rank_row(Best<T>& best, const T* scores, int64_t j0, int64_t cols, int64_t num_b) {
-  constexpr int lanes = kLanes<T>;
-  Vec<Int<T>> at;
-  for (int l = 0; l < lanes; ++l) at[l] = Int<T>(j0 + l);
-  Best<T> now = best;
-  for (int64_t j = 0; j < cols; j += lanes, at += Int<T>(lanes)) {
-    const Vec<T> score = load(scores + j);
-    const auto usable = (at < Int<T>(num_b)) & (score == score);  // NaN ranks below everything
-    const Vec<T> v = usable ? score : splat(T(-INFINITY));
-    const auto beats_first = v > now.first, beats_second = v > now.second;
-    now.second = beats_first ? now.first : (beats_second ? v : now.second);
-    now.second_at = beats_first ? now.first_at : (beats_second ? at : now.second_at);
-    now.first = beats_first ? v : now.first;
-    now.first_at = beats_first ? at : now.first_at;
-  }
-  best = now;
-}
-
-template <class T>
-struct Candidate {
-  T score;
-  int64_t at;
-};
-
-// Larger score first; equal scores: the lower index.
-template <class T>
-inline bool precedes(const Candidate<T>& a, const Candidate<T>& b) {
-  return a.score > b.score || (a.score == b.score && a.at < b.at);
-}
-
-template <class T>
-void finish_row(const Best<T>& best, int64_t num_b, int64_t* first, int64_t* second, T* mid) {
-  constexpr int lanes = kLanes<T>;
-  T scores[2][lanes];
-  Int<T> at[2][lanes];
-  store_bytes(scores[0], best.first);
-  store_bytes(scores[1], best.second);
-  store_bytes(at[0], best.first_at);
-  store_bytes(at[1], best.second_at);
-  Candidate<T> one{T(-INFINITY), num_b}, two = one;
-  for (int l = 0; l < lanes; ++l) {
-    const Candidate<T> c{scores[0][l], at[0][l]};
-    if (precedes(c, one)) {
-      two = one;
-      one = c;
-      const Candidate<T> d{scores[1][l], at[1][l]};
-      if (precedes(d, two)) two = d;
-    } else if (precedes(c, two)) {
-      two = c;
-    }
-  }
-  // No number above -inf among the scores: the lowest index that is left, so that the match is always valid.
-  const bool none = one.at >= num_b, no_second = two.at >= num_b;
-  if (none) one.at = 0;
-  if (no_second) two.at = one.at == 0 ? 1 : 0;
-  *first = one.at;
-  *second = two.at;
-  *mid = none || no_second ? T(NAN) : (one.score + two.score) / T(2);
-}
-
+// Matches the sources [begin, end), in whole vectors: a lane is a source, and destinations pass by in order, so that a score
+// must be larger than those before it to take their place: ties go to the lowest index, and NaN, larger than nothing, loses.
 template <class T>
 void match_rows(const Problem& p, const ForwardOutputs& out, const Shared<T>& s, const Keys<T>& keys, T* tile, int64_t image,
-                int64_t begin, int64_t end) {
-  for (int64_t i0 = begin; i0 < end; i0 += kTileRows) {
-    const int64_t rows = min64(kTileRows, end - i0);
-    Best<T> best[kTileRows];
-    for (int64_t r = 0; r < rows; ++r) {
-      best[r].first = best[r].second = splat(T(-INFINITY));
-      best[r].first_at = best[r].second_at = splat(Int<T>(p.num_b));
+                int64_t begin, int64_t end, Ahead* ahead) {
+  constexpr int lanes = kLanes<T>;
+  constexpr int64_t panel = Shared<T>::panel_cols;
+  using At = Vec<Int<T>>;
+  struct Best {
+    Vec<T> first, second;
+    At first_at, second_at;
+  };
+  for (int64_t i0 = begin; i0 < end;) {
+    const int64_t stop = min64(end, i0 / panel * panel + panel), vectors = ceil_div(stop - i0, lanes);
+    Best best[kTileVecs];
+    for (int v = 0; v < kTileVecs; ++v)
+      best[v] = {splat(T(-INFINITY)), splat(T(-INFINITY)), splat(Int<T>(p.num_b)), splat(Int<T>(p.num_b))};
+    const T* turned = keys.turned + i0 / panel * panel * p.channels + i0 % panel;
+    for (int64_t j0 = 0; j0 < p.num_b; j0 += kScoreRows) {
+      const int64_t rows = min64(kScoreRows, p.num_b - j0);
+      matmul(rows, vectors * lanes, p.channels, keys.b + j0 * s.cp, s.cp, int64_t(1), turned, panel, tile, panel, false,
+             ahead);
+      for (int64_t v = 0; v < vectors; ++v) {
+        Best now = best[v];
+        for (int64_t r = 0; r < rows; ++r) {
+          const Vec<T> score = load(tile + r * panel + v * lanes);
+          const At at = splat(Int<T>(j0 + r));
+          const auto beats_first = score > now.first, beats_second = score > now.second;
+          now.second = beats_first ? now.first : (beats_second ? score : now.second);
+          now.second_at = beats_first ? now.first_at : (beats_second ? at : now.second_at);
+          now.first = beats_first ? score : now.first;
+          now.first_at = beats_first ? at : now.first_at;
+        }
+        best[v] = now;
+      }
     }
-    for (int64_t j0 = 0; j0 < p.num_b; j0 += kScoreCols) {
-      const int64_t cols = min64(kScoreCols, s.nbp - j0);
-      score_tile(p, s, keys, keys.a + i0 * s.cp, rows, j0, cols, tile, kScoreCols);
-      for (int64_t r = 0; r < rows; ++r) rank_row(best[r], tile + r * kScoreCols, j0, cols, p.num_b);
+    for (int64_t i = i0; i < stop; ++i) {
+      const Best& found = best[(i - i0) / lanes];
+      const int lane = int((i - i0) % lanes);
+      int64_t first = found.first_at[lane], second = found.second_at[lane];
+      // No number above -inf among the scores: the lowest index that is left, so that the match is always valid.
+      const bool too_few = second >= p.num_b;
+      if (first >= p.num_b) first = 0;
+      if (too_few) second = first == 0 ? 1 : 0;
+      const int64_t at = image * p.num_a + i;
+      out.match[at] = p.prefix + first;
+      out.second[at] = p.prefix + second;
+      ((T*)out.mid)[at] = too_few ? T(NAN) : (found.first[lane] + found.second[lane]) / T(2);
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = image * p.num_a + i0 + r;
-      finish_row(best[r], p.num_b, out.match + at, out.second + at, (T*)out.mid + at);
-      out.match[at] += p.prefix;
-      out.second[at] += p.prefix;
-    }
+    i0 = stop;
   }
 }
 
@@ -347,14 +320,16 @@ struct Groups {
   }
 };
 
-// The merged tokens [begin, end) of one image.
+// The merged tokens [begin, end) of one image; meanwhile the keys of the next one are fetched.
 template <class S, class T>
 void merge_rows(const Problem& p, const ForwardOutputs& out, const Shared<T>& s, const Groups<Compute<S>>& groups, const S** rows,
-                Compute<S>* weights, int64_t image, int64_t begin, int64_t end) {
+                Compute<S>* weights, int64_t image, int64_t begin, int64_t end, bool stream, bool next) {
   using M = Compute<S>;
   const int64_t merged = p.prefix + p.num_b, stride = p.x.stride[2];
   const S* x = (const S*)p.x.data + image * p.x.stride[0];
   for (int64_t m = begin; m < end; ++m) {
+    if (next)
+      for (int64_t n = 2 * m; n < min64(2 * m + 2, p.tokens); ++n) prefetch_key(p, image + 1, n);
     int64_t count = 1;
     const int64_t j = m - p.prefix, at = j < 0 ? m : s.pos_b[j];
     rows[0] = x + at * p.x.stride[1];
@@ -373,10 +348,8 @@ void merge_rows(const Problem& p, const ForwardOutputs& out, const Shared<T>& s,
         for (int64_t k = 0; k < count; ++k) sum += weights[k] * to_compute(rows[k][d * stride]);
         from_compute(M(sum / n), y + d);
       }
-    } else if (count == 1 && n == M(1)) {
-      memcpy(y, rows[0], size_t(p.dim) * sizeof(S));
     } else {
-      weighted_mean(y, rows, weights, count, n, p.dim);
+      weighted_mean(y, rows, weights, count, n, p.dim, stream);
     }
   }
 }
@@ -413,7 +386,7 @@ struct Forward {
   }
   void plan_task(Arena& arena, Task& task) const {
     task.key.plan(arena, shared);
-    task.tile = arena.take<T>(kTileRows * kScoreCols);
+    task.tile = arena.take<T>(kScoreRows * Shared<T>::panel_cols);
     task.rows = arena.take<const S*>(p.num_a + 1);
     task.weights = arena.take<M>(p.num_a + 1);
   }
@@ -452,15 +425,18 @@ struct Forward {
     plan(base);
     shared.fill(p);
     const int64_t merged = p.prefix + p.num_b, key_rows = p.num_a + p.num_b;
+    const int64_t key_bytes = p.heads * p.tokens * p.channels * size_of(p.key.dtype);
+    const bool stream = p.batch * merged * p.dim * int64_t(sizeof(S)) >= kStreamBytes;
     if (by_image) {
       run_ranges(parallel, p.batch, tasks, [&](int64_t t, int64_t begin, int64_t end) {
         const Task task = task_at(base, t);
         const Image image = image_at(base, t);
         for (int64_t b = begin; b < end; ++b) {
           refine_keys(p, shared, image.keys, task.key, b, 0, key_rows);
-          match_rows(p, *out, shared, image.keys, task.tile, b, 0, p.num_a);
+          Ahead ahead = tokens_ahead(b);
+          match_rows(p, *out, shared, image.keys, task.tile, b, 0, p.num_a, &ahead);
           image.groups.fill(p, out->match, b);
-          merge_rows<S, T>(p, *out, shared, image.groups, task.rows, task.weights, b, 0, merged);
+          merge_rows<S, T>(p, *out, shared, image.groups, task.rows, task.weights, b, 0, merged, stream, b + 1 < end && key_bytes <= kAheadBytes / 4);
         }
       });
       return;
@@ -468,13 +444,21 @@ struct Forward {
     over_rows(parallel, base, key_rows, [&](const Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
       refine_keys(p, shared, image.keys, task.key, b, begin, end);
     });
-    over_rows(parallel, base, p.num_a, [&](const Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
-      match_rows(p, *out, shared, image.keys, task.tile, b, begin, end);
+    constexpr int64_t lanes = kLanes<T>;
+    over_rows(parallel, base, shared.nap / lanes, [&](const Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
+      match_rows(p, *out, shared, image.keys, task.tile, b, begin * lanes, min64(p.num_a, end * lanes), nullptr);
     });
     for (int64_t b = 0; b < p.batch; ++b) image_at(base, b).groups.fill(p, out->match, b);
     over_rows(parallel, base, merged, [&](const Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
-      merge_rows<S, T>(p, *out, shared, image.groups, task.rows, task.weights, b, begin, end);
+      merge_rows<S, T>(p, *out, shared, image.groups, task.rows, task.weights, b, begin, end, stream, false);
     });
+  }
+
+  // The tokens of image b, as far as the second-level cache has room: merged next, fetched while scores are computed.
+  Ahead tokens_ahead(int64_t b) const {
+    if (p.x.stride[2] != 1 || p.x.stride[1] != p.dim) return {};
+    const char* start = (const char*)((const S*)p.x.data + b * p.x.stride[0]);
+    return {start, start + min64(p.tokens * p.dim * int64_t(sizeof(S)), kAheadBytes)};
   }
 
   // The rows of all images, cut into one range a task.
@@ -500,7 +484,7 @@ struct Backward {
   const BackwardOutputs& out;
   const BackwardInputs* in = nullptr;
   int64_t tasks, chunk_rows, chunks, row_chunks, group_images, groups, weight_size;
-  bool key_path, weights, by_image;
+  bool key_path, weights, by_image, stream;
   Shared<T> shared;
 
   struct Image {
@@ -514,7 +498,7 @@ struct Backward {
     KeyScratch<T> key;
     T *scores, *row_sums;       // (kPairRows, kPairCols), (chunk_rows)
     M *products, *x, *g, *row;  // (kPairRows, kPairCols); converted rows of x, G; one row
-    const M **x_rows, **g_rows;
+    const void **x_rows, **g_rows;
     T *grad, *grad_hidden;      // (kKeyRows, cp), (kKeyRows, hp)
   };
 
@@ -524,6 +508,7 @@ struct Backward {
     const int64_t work = p.batch * (p.tokens * p.dim + (key_path ? p.num_a * p.num_b * (p.dim + 3 * p.channels) : 0));
     tasks = work < kSerialWork ? 1 : threads;
     by_image = tasks == 1 || p.batch >= 2 * tasks || p.batch > kMaxGroups;
+    stream = p.batch * p.tokens * p.dim * int64_t(sizeof(S)) >= kStreamBytes;
     const int64_t wanted = max64(1, min64(kMaxChunks, ceil_div(p.num_a, 28)));
     chunk_rows = round_up(max64(1, ceil_div(p.num_a, wanted)), 4);
     chunks = max64(1, ceil_div(p.num_a, chunk_rows));
@@ -532,8 +517,9 @@ struct Backward {
     groups = ceil_div(p.batch, group_images);
   }
 
-  bool convert_x() const { return sizeof(S) != sizeof(M) || p.x.stride[2] != 1; }
-  bool convert_g() const { return sizeof(S) != sizeof(M) || in_stride_g != 1; }
+  // Whether the products of dM take rows of x and G as they are stored, or in compute precision.
+  static constexpr bool native = kDotsBf16 && sizeof(S) == 2 && SameType<S, bf16>::value;
+  bool in_place() const { return (native || sizeof(S) == sizeof(M)) && p.x.stride[2] == 1 && in_stride_g == 1; }
   int64_t in_stride_g = 0;  // 0 while planning: room for converted rows is always made
 
   void plan_image(Arena& arena, Image& image) const {
@@ -553,12 +539,12 @@ struct Backward {
     task.scores = arena.take<T>(kPairRows * kPairCols);
     task.row_sums = arena.take<T>(chunk_rows);
     task.products = arena.take<M>(kPairRows * kPairCols);
-    task.x_rows = arena.take<const M*>(kPairRows);
-    task.g_rows = arena.take<const M*>(kPairCols);
+    task.x_rows = arena.take<const void*>(kPairRows);
+    task.g_rows = arena.take<const void*>(kPairCols);
     task.grad = arena.take<T>(kKeyRows * shared.cp);
     task.grad_hidden = arena.take<T>(kKeyRows * shared.hp);
-    task.x = convert_x() ? arena.take<M>(kPairRows * p.dim) : nullptr;
-    task.g = convert_g() ? arena.take<M>(min64(kPairCols, p.num_b) * p.dim) : nullptr;
+    task.x = arena.take<M>(in_place() ? 0 : kPairRows * p.dim);
+    task.g = arena.take<M>(in_place() ? 0 : min64(kPairCols, p.num_b) * p.dim);
   }
 
   size_t task_bytes, image_bytes, shared_bytes, group_bytes;
@@ -647,7 +633,7 @@ struct Backward {
       S* dx = (S*)out.x + (b * p.tokens + at) * p.dim;
       const M w = image.groups.size[at] / n;
       if (in_stride_g == 1) {
-        scaled_row(dx, g, w, p.dim);
+        scaled_row(dx, g, w, p.dim, stream);
       } else {
         for (int64_t d = 0; d < p.dim; ++d) from_compute(M(to_compute(g[d * in_stride_g]) * w), dx + d);
       }
@@ -658,9 +644,9 @@ struct Backward {
     }
   }
 
-  // Rows of x or G as pointers to compute precision; converted into `buffer` where they are not that already.
-  const M* as_compute(const S* row, int64_t stride, bool convert, M* buffer) const {
-    if (!convert) return (const M*)(const void*)row;
+  // A row of x or G for the products of dM; converted into `buffer` where it can't be taken as it is.
+  const void* product_row(const S* row, int64_t stride, M* buffer) const {
+    if (in_place()) return row;
     read_row(buffer, row, stride, p.dim);
     return buffer;
   }
@@ -697,15 +683,21 @@ struct Backward {
     for (int64_t j0 = 0; j0 < p.num_b; j0 += kPairCols) {
       const int64_t cols = min64(kPairCols, p.num_b - j0), padded = min64(kPairCols, shared.nbp - j0);
       for (int64_t j = 0; j < cols; ++j)
-        task.g_rows[j] = as_compute(grad_row(b, p.prefix + j0 + j), in_stride_g, convert_g(), task.g + j * p.dim);
+        task.g_rows[j] = product_row(grad_row(b, p.prefix + j0 + j), in_stride_g, task.g + j * p.dim);
       for (int64_t i0 = begin; i0 < end; i0 += kPairRows) {
         const int64_t rows = min64(kPairRows, end - i0);
         if (j0 == 0 || end - begin > kPairRows)  // else the rows of the only block are still there
           for (int64_t r = 0; r < rows; ++r)
-            task.x_rows[r] = as_compute(x_row(b, shared.pos_a[i0 + r]), p.x.stride[2], convert_x(), task.x + r * p.dim);
-        dot_products(rows, cols, p.dim, task.x_rows, task.g_rows, task.products, kPairCols);
+            task.x_rows[r] = product_row(x_row(b, shared.pos_a[i0 + r]), p.x.stride[2], task.x + r * p.dim);
+        if (native && in_place()) {
+          dot_products<typename DotType<S, native>::type>(rows, cols, p.dim, task.x_rows, task.g_rows, task.products, kPairCols);
+        } else {
+          dot_products<M>(rows, cols, p.dim, task.x_rows, task.g_rows, task.products, kPairCols);
+        }
         const T* a = image.keys.a + i0 * cp;
-        score_tile(p, shared, image.keys, a, rows, j0, padded, task.scores, kPairCols);
+        for (int64_t j = 0; j < padded; j += shared.panel_cols)
+          matmul(rows, min64(shared.panel_cols, padded - j), p.channels, a, cp, int64_t(1), image.keys.turned + (j0 + j) * p.channels,
+                 shared.panel_cols, task.scores + j, kPairCols, false);
         for (int64_t r = 0; r < rows; ++r) {
           M* products = task.products + r * kPairCols;
           for (int64_t j = cols; j < padded; ++j) products[j] = 0;
@@ -960,7 +952,7 @@ struct UnmergeBackward {
             task.rows[count++] = grad + positions.a[task.list[k]] * v.stride[1];
           S* out = (S*)p.output + (b * merged + m) * p.dim;
           if (v.stride[2] == 1) {
-            weighted_mean(out, task.rows, task.weights, count, M(1), p.dim);
+            weighted_mean(out, task.rows, task.weights, count, M(1), p.dim, false);
             continue;
           }
           for (int64_t d = 0; d < p.dim; ++d) {

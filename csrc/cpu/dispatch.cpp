@@ -11,6 +11,7 @@ namespace fpet {
   extern const Kernels kKernels;     \
   }
 #if defined(__x86_64__)
+FPET_DECLARE(avx512bf16)
 FPET_DECLARE(avx512)
 FPET_DECLARE(avx2)
 #endif
@@ -25,13 +26,17 @@ struct Isa {
   bool (*runs_here)();
 };
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
+#endif
+
 const Isa kIsas[] = {
 #if defined(__x86_64__)
-    {"avx512", &avx512::kKernels,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-     }},
+    {"avx512bf16", &avx512bf16::kKernels, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16") != 0; }},
+    {"avx512", &avx512::kKernels, has_avx512},
     {"avx2", &avx2::kKernels,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
 #endif
@@ -60,7 +65,7 @@ const char* cpu_isa() { return isa().name; }
 
 const char* cpu_isas_compiled() {
 #if defined(__x86_64__)
-  return "avx512 avx2 baseline";
+  return "avx512bf16 avx512 avx2 baseline";
 #else
   return "baseline";
 #endif

@@ -54,6 +54,15 @@ struct ComputeOf<double> {
 template <class S>
 using Compute = typename ComputeOf<S>::type;
 
+template <class A, class B>
+struct SameType {
+  static constexpr bool value = false;
+};
+template <class A>
+struct SameType<A, A> {
+  static constexpr bool value = true;
+};
+
 typedef uint16_t U16Half __attribute__((vector_size(FPET_VEC_BYTES / 2)));
 
 template <class T>
@@ -84,6 +93,15 @@ inline To bit_copy(From from) {
 inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct IndicesTo : IndicesTo<N - 1, N - 1, I...> {};
+template <int... I>
+struct IndicesTo<0, I...> {
+  using type = Indices<I...>;
+};
 
 // --- scalars -----------------------------------------------------------------------------------------------------------
 
@@ -169,6 +187,23 @@ inline T sum_lanes(Vec<T> v) {
   for (int width = lanes / 2; width > 0; width /= 2)
     for (int l = 0; l < width; ++l) parts[l] += parts[l + width];
   return parts[0];
+}
+
+// One level of the tree that sums the lanes of many vectors at once: a and b hold groups of 2 * Half lanes, the result the groups
+// of a, then of b, each folded to Half lanes.
+template <class T, int Half, int... I>
+inline Vec<T> fold(Vec<T> a, Vec<T> b, Indices<I...>) {
+  constexpr int half = kLanes<T> / 2;
+  return __builtin_shufflevector(a, b, (I / half * kLanes<T> + I % half / Half * 2 * Half + I % Half)...) +
+         __builtin_shufflevector(a, b, (I / half * kLanes<T> + I % half / Half * 2 * Half + I % Half + Half)...);
+}
+
+// v[0] becomes the vector of the sums of v[0], v[1], ... v[kLanes - 1].
+template <class T, int Half = kLanes<T> / 2>
+inline void sum_each(Vec<T>* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Half; ++i) v[i] = fold<T, Half>(v[2 * i], v[2 * i + 1], typename IndicesTo<kLanes<T>>::type{});
+  if constexpr (Half > 1) sum_each<T, Half / 2>(v);
 }
 
 // e^z for z <= 0, to 2 units in the last place; NaN stays NaN.

@@ -95,7 +95,7 @@ void cpu_unmerge(const UnmergeProblem&, const Parallel&);
 size_t cpu_unmerge_backward_workspace(const UnmergeProblem&, int64_t threads);
 void cpu_unmerge_backward(const UnmergeProblem&, const Parallel&, void* workspace);
 
-// The instruction set in use ("avx512", "avx2", "baseline"); FPET_CPU_ISA in the environment chooses a lesser one.
+// The instruction set in use ("avx512bf16", "avx512", "avx2", "baseline"); FPET_CPU_ISA in the environment chooses a lesser one.
 const char* cpu_isa();
 // All that were compiled in, best first, separated by spaces.
 const char* cpu_isas_compiled();
