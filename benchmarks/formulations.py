@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import Problem
 from torch import Tensor
 
+from cases import Problem
 from fpet_kernels.reference import compute_dtype
 
 __all__ = ["BEST_VARIANTS", "Indexed", "paper", "paper_of"]

@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cases import Problem
 from torch import Tensor
 
+from cases import Problem
 from fpet_kernels import reference
 
 __all__ = ["Answer", "Finding", "Verdict", "answer", "examine", "reference_answer", "with_decisions"]

@@ -18,9 +18,9 @@ try:
 except ImportError as missing:
     raise SystemExit(f"fpet_kernels is not installed here ({missing}): make bench, or pip install -e '.[bench]'") from missing
 
-import cases
 from torch import Tensor
 
+import cases
 from fpet_kernels import bdm_merge
 from fpet_kernels.reference import bdm_merge_reference
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["COPY", "Samples", "available_bytes", "keep_freed_pages", "measure", "peak_extra_bytes", "provenance"]
+__all__ = ["COPY", "Samples", "available_bytes", "capture", "keep_freed_pages", "measure", "peak_extra_bytes", "provenance"]
 
 COPY = "copy"  # the name under which the copy takes its turns
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
@@ -68,7 +68,7 @@ def measure(
     """Times ``calls``, warm already, in turns for about ``budget`` seconds, at least :data:`MIN_ROUNDS` rounds.
 
     Args:
-        graph: CUDA only: replay a CUDA graph of each call instead of making the call.
+        graph: CUDA only: the calls are replays (:func:`capture`), whose launch should not be timed.
         tick: told the share of the budget that has passed, after every round.
 
     Returns:
@@ -105,13 +105,12 @@ def _cpu_sampler(calls: dict[str, Callable[[], object]]) -> Callable[[str, int],
 def _cuda_sampler(calls: dict[str, Callable[[], object]], device: torch.device, graph: bool) -> Callable[[str, int], float]:
     """One call per sample, between two events, with an L2 cache that holds none of its data.
 
-    As a graph: the device is still flushing when the replay is enqueued, so device time is measured, launch costs hidden.
-    Plainly: the device is idle when the call is made, so the time holds what the host needs to launch it.
+    Graphs: the device is still flushing when the replay is enqueued, so device time is measured, launch costs hidden.
+    Plain calls: the device is idle when the call is made, so the time holds what the host needs to launch it.
     """
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(max(4 * l2, 1 << 28), dtype=torch.int8, device=device)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    run = {name: capture(call) if graph and name != COPY else call for name, call in calls.items()}
 
     def take(name: str, count: int) -> float:
         flush.zero_()
@@ -119,7 +118,7 @@ def _cuda_sampler(calls: dict[str, Callable[[], object]], device: torch.device, 
             torch.cuda.synchronize(device)
         start.record()
         for _ in range(count):
-            run[name]()
+            calls[name]()
         end.record()
         torch.cuda.synchronize(device)
         return start.elapsed_time(end) / 1e3 / count
@@ -128,7 +127,7 @@ def _cuda_sampler(calls: dict[str, Callable[[], object]], device: torch.device, 
 
 
 def capture(call: Callable[[], object]) -> Callable[[], object]:
-    """The replay of a CUDA graph of ``call``."""
+    """The replay of a CUDA graph of ``call``; RuntimeError where the call can't be captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
