@@ -677,7 +677,7 @@ struct Backward {
   }
 
   // dk̂ of the sources of one chunk, and that chunk's share of dk̂_B, into `part` (N_B, cp).
-  void pair_chunk(const Task& task, const Image& image, int64_t b, int64_t chunk, T* part) const {
+  void pair_chunk(const Task& task, const Image& image, int64_t b, int64_t chunk, T* part, Ahead* ahead) const {
     const int64_t begin = chunk * chunk_rows, end = min64(p.num_a, begin + chunk_rows), cp = shared.cp;
     for (int64_t i = begin; i < end; ++i) task.row_sums[i - begin] = 0;
     for (int64_t j0 = 0; j0 < p.num_b; j0 += kPairCols) {
@@ -690,9 +690,10 @@ struct Backward {
           for (int64_t r = 0; r < rows; ++r)
             task.x_rows[r] = product_row(x_row(b, shared.pos_a[i0 + r]), p.x.stride[2], task.x + r * p.dim);
         if (native && in_place()) {
-          dot_products<typename DotType<S, native>::type>(rows, cols, p.dim, task.x_rows, task.g_rows, task.products, kPairCols);
+          dot_products<typename DotType<S, native>::type>(rows, cols, p.dim, task.x_rows, task.g_rows, task.products, kPairCols,
+                                                         ahead);
         } else {
-          dot_products<M>(rows, cols, p.dim, task.x_rows, task.g_rows, task.products, kPairCols);
+          dot_products<M>(rows, cols, p.dim, task.x_rows, task.g_rows, task.products, kPairCols, ahead);
         }
         const T* a = image.keys.a + i0 * cp;
         for (int64_t j = 0; j < padded; j += shared.panel_cols)
@@ -778,6 +779,12 @@ struct Backward {
     }
   }
 
+  Ahead tokens_ahead(const View& v, int64_t b) const {
+    if (v.stride[2] != 1 || v.stride[1] != p.dim) return {};
+    const char* start = (const char*)((const S*)v.data + b * v.stride[0]);
+    return {start, start + min64((p.prefix + p.num_b) * p.dim * int64_t(sizeof(S)), kAheadBytes / 2)};
+  }
+
   void add_to(T* sum, const T* part, int64_t n) const {
     for (int64_t i = 0; i < n; i += kLanes<T>) store(sum + i, load(sum + i) + load(part + i));
   }
@@ -799,8 +806,12 @@ struct Backward {
           values(task, image, b, 0, merged);
           if (!key_path) continue;
           refine_keys(p, shared, image.keys, task.key, b, 0, p.num_a + p.num_b);
+          // What the next image begins with: its gradient, then its merged tokens.
+          const bool more = b + 1 < min64(p.batch, last * group_images);
+          Ahead grad = more ? tokens_ahead(in->grad_tokens, b + 1) : Ahead{};
+          Ahead y = more ? tokens_ahead(in->tokens, b + 1) : Ahead{};
           for (int64_t c = 0; c < chunks; ++c) {
-            pair_chunk(task, image, b, c, c == 0 ? image.grad_b : image.grad_b + part_b);
+            pair_chunk(task, image, b, c, c == 0 ? image.grad_b : image.grad_b + part_b, 2 * c < chunks ? &grad : &y);
             if (c > 0) add_to(image.grad_b, image.grad_b + part_b, part_b);
           }
           for (int64_t c = 0; c < row_chunks; ++c) {
@@ -821,7 +832,8 @@ struct Backward {
         refine_keys(p, shared, image.keys, task.key, b, c * kKeyRows, min64(p.num_a + p.num_b, (c + 1) * kKeyRows));
       });
       over_items(parallel, base, chunks, [&](const Task& task, const Image& image, int64_t b, int64_t c) {
-        pair_chunk(task, image, b, c, image.grad_b + c * part_b);
+        Ahead none;
+        pair_chunk(task, image, b, c, image.grad_b + c * part_b, &none);
       });
       over_items(parallel, base, row_chunks, [&](const Task& task, const Image& image, int64_t b, int64_t c) {
         key_chunk(task, image, b, c, chunks, image.grad_weights + c * weight_size);

@@ -12,15 +12,25 @@ constexpr int kTileRows = 6, kTileVecs = 4, kDotRows = 4, kDotCols = 6;
 constexpr int kTileRows = 6, kTileVecs = 2, kDotRows = 3, kDotCols = 4;
 #endif
 
-// --- C (m x n) [+]= A (m x k) B (k x n) ----------------------------------------------------------------------------------
-// A has any strides; B and C are row-major with n padded to whole vectors. Every element is summed over k in order, by the
-// same instructions wherever it lies in the tile, so results do not depend on how rows are cut into tasks.
-
 // Memory that is wanted soon: fetched into the second-level cache from inside a product that leaves memory idle.
 struct Ahead {
   const char *at = nullptr, *end = nullptr;
-  static constexpr int64_t step = 256;  // bytes a step of k, at most
+
+  // The next `bytes`, or null where fewer are left.
+  const char* take(int64_t bytes) {
+    if (end - at < bytes) return nullptr;
+    at += bytes;
+    return at - bytes;
+  }
 };
+inline void prefetch_lines(const char* p, int lines) {
+#pragma GCC unroll 4
+  for (int u = 0; u < lines; ++u) __builtin_prefetch(p + u * 64, 0, 2);
+}
+
+// --- C (m x n) [+]= A (m x k) B (k x n) ----------------------------------------------------------------------------------
+// A has any strides; B and C are row-major with n padded to whole vectors. Every element is summed over k in order, by the
+// same instructions wherever it lies in the tile, so results do not depend on how rows are cut into tasks.
 
 template <class T, int R, int V>
 inline void matmul_tile(int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, T* c, int64_t c_row,
@@ -31,16 +41,9 @@ inline void matmul_tile(int64_t k, const T* a, int64_t a_row, int64_t a_col, con
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) acc[r][v] = Vec<T>{};
-  const char* fetch = nullptr;
-  if (ahead && ahead->end - ahead->at >= k * Ahead::step) {
-    fetch = ahead->at;
-    ahead->at += k * Ahead::step;
-  }
+  const char* fetch = ahead ? ahead->take(k * 256) : nullptr;
   for (int64_t p = 0; p < k; ++p) {
-    if (fetch) {
-#pragma GCC unroll 4
-      for (int u = 0; u < 4; ++u) __builtin_prefetch(fetch + p * Ahead::step + u * 64, 0, 2);
-    }
+    if (fetch) prefetch_lines(fetch + p * 256, 4);
     Vec<T> bv[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) bv[v] = load(b + p * b_row + v * lanes);
@@ -130,7 +133,7 @@ struct DotType<S, true> {
 };
 
 template <class E, int R, int Q>
-inline void dot_tile(int64_t dim, const void* const* x, const void* const* g, Compute<E>* c, int64_t c_row) {
+inline void dot_tile(int64_t dim, const void* const* x, const void* const* g, Compute<E>* c, int64_t c_row, Ahead* ahead) {
   using Step = DotStep<E>;
   using T = Compute<E>;
   constexpr int lanes = kLanes<T>;
@@ -142,8 +145,10 @@ inline void dot_tile(int64_t dim, const void* const* x, const void* const* g, Co
   const E *xr[R], *gq[Q];
   for (int r = 0; r < R; ++r) xr[r] = (const E*)x[r];
   for (int q = 0; q < Q; ++q) gq[q] = (const E*)g[q];
+  const char* fetch = ahead->take(dim / Step::count * 64);
   int64_t d = 0;
   for (; d + Step::count <= dim; d += Step::count) {
+    if (fetch) prefetch_lines(fetch + d / Step::count * 64, 1);
     typename Step::Row xv[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) xv[r] = Step::read(xr[r] + d);
@@ -174,19 +179,21 @@ inline void dot_tile(int64_t dim, const void* const* x, const void* const* g, Co
 }
 
 template <class E, int R>
-inline void dot_rows(int64_t n, int64_t dim, const void* const* x, const void* const* g, Compute<E>* c, int64_t c_row) {
+inline void dot_rows(int64_t n, int64_t dim, const void* const* x, const void* const* g, Compute<E>* c, int64_t c_row,
+                     Ahead* ahead) {
   int64_t j = 0;
-  for (; j + kDotCols <= n; j += kDotCols) dot_tile<E, R, kDotCols>(dim, x, g + j, c + j, c_row);
-  for (; j + 2 <= n; j += 2) dot_tile<E, R, 2>(dim, x, g + j, c + j, c_row);
-  for (; j < n; ++j) dot_tile<E, R, 1>(dim, x, g + j, c + j, c_row);
+  for (; j + kDotCols <= n; j += kDotCols) dot_tile<E, R, kDotCols>(dim, x, g + j, c + j, c_row, ahead);
+  for (; j + 2 <= n; j += 2) dot_tile<E, R, 2>(dim, x, g + j, c + j, c_row, ahead);
+  for (; j < n; ++j) dot_tile<E, R, 1>(dim, x, g + j, c + j, c_row, ahead);
 }
 
 template <class E>
-void dot_products(int64_t m, int64_t n, int64_t dim, const void* const* x, const void* const* g, Compute<E>* c, int64_t c_row) {
+void dot_products(int64_t m, int64_t n, int64_t dim, const void* const* x, const void* const* g, Compute<E>* c, int64_t c_row,
+                     Ahead* ahead) {
   int64_t i = 0;
-  for (; i + kDotRows <= m; i += kDotRows) dot_rows<E, kDotRows>(n, dim, x + i, g, c + i * c_row, c_row);
-  for (; i + 2 <= m; i += 2) dot_rows<E, 2>(n, dim, x + i, g, c + i * c_row, c_row);
-  for (; i < m; ++i) dot_rows<E, 1>(n, dim, x + i, g, c + i * c_row, c_row);
+  for (; i + kDotRows <= m; i += kDotRows) dot_rows<E, kDotRows>(n, dim, x + i, g, c + i * c_row, c_row, ahead);
+  for (; i + 2 <= m; i += 2) dot_rows<E, 2>(n, dim, x + i, g, c + i * c_row, c_row, ahead);
+  for (; i < m; ++i) dot_rows<E, 1>(n, dim, x + i, g, c + i * c_row, c_row, ahead);
 }
 
 // --- rows of any storage type ----------------------------------------------------------------------------------------------

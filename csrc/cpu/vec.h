@@ -200,7 +200,7 @@ inline Vec<T> fold(Vec<T> a, Vec<T> b, Indices<I...>) {
 
 // v[0] becomes the vector of the sums of v[0], v[1], ... v[kLanes - 1].
 template <class T, int Half = kLanes<T> / 2>
-inline void sum_each(Vec<T>* v) {
+__attribute__((always_inline)) inline void sum_each(Vec<T>* v) {
 #pragma GCC unroll 16
   for (int i = 0; i < Half; ++i) v[i] = fold<T, Half>(v[2 * i], v[2 * i + 1], typename IndicesTo<kLanes<T>>::type{});
   if constexpr (Half > 1) sum_each<T, Half / 2>(v);
