@@ -1,0 +1,76 @@
+"""Which backends and devices the suite runs on.
+
+Tests ask for ``backend, device`` (every backend that runs here, on every device it runs on) or ``fused, device`` (the same
+without the reference). ``FPET_REQUIRE_BACKENDS="cpu,triton"`` makes a missing backend an error instead of fewer tests.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+import fpet_kernels
+from fpet_kernels import backends
+
+# Deterministic examples: a failure is a defect of the change at hand, never of the draw.
+settings.register_profile("fpet", derandomize=True, deadline=None, database=None)
+settings.load_profile("fpet")
+
+
+def devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def targets(*, fused: bool = False) -> list[tuple[str, str]]:
+    """(backend, device) pairs that can run here."""
+    return [
+        (name, device)
+        for device in devices()
+        for name in backends.ORDER
+        if not (fused and name == "reference") and backends.refuses(name, torch.empty(1, 1, 1, device=device)) is None
+    ]
+
+
+def pytest_report_header() -> list[str]:
+    tested = ", ".join(f"{name} on {device}" for name, device in targets())
+    return [f"fpet_kernels {fpet_kernels.__version__}, torch {torch.__version__}, backends: {tested}", *fpet_kernels.explain().splitlines()]
+
+
+def pytest_sessionstart() -> None:
+    required = [name.strip() for name in os.environ.get("FPET_REQUIRE_BACKENDS", "").split(",") if name.strip()]
+    here = {name for name, _ in targets()}
+    for name in required:
+        if name not in backends.ORDER:
+            raise pytest.UsageError(f"FPET_REQUIRE_BACKENDS: {name!r} is no backend; there are {', '.join(backends.ORDER)}")
+        if name not in here:
+            found = backends.status(name)
+            why = next((r for d in devices() if (r := backends.refuses(name, torch.empty(1, 1, 1, device=d)))), found.reason)
+            raise pytest.UsageError(f"FPET_REQUIRE_BACKENDS: backend {name!r} is required and can't run: {why}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for fixture, pairs in (("backend", targets()), ("fused", targets(fused=True))):
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize((fixture, "device"), pairs, ids=[f"{name}-{device}" for name, device in pairs])
+            return
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", devices())
+
+
+@pytest.fixture
+def max_tokens(request: pytest.FixtureRequest) -> int:
+    """The longest sequence worth running: Triton's interpreter on CPU tensors is thousands of times slower than a kernel."""
+    params = request.node.callspec.params
+    name = params.get("backend", params.get("fused"))
+    return 65 if name == "triton" and params["device"] == "cpu" else 4097
+
+
+@pytest.fixture
+def threads():
+    """Restores the number of threads."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
