@@ -545,6 +545,11 @@ void check_unmerge() {
 
 int main() {
   std::printf("instruction set: %s (compiled: %s)\n", fpet::cpu_isa(), fpet::cpu_isas_compiled());
+  const char* wanted = std::getenv("FPET_CPU_ISA");
+  if (wanted && std::string(wanted) != fpet::cpu_isa()) {
+    std::printf("skipped: this machine does not have %s\n", wanted);
+    return 77;
+  }
   const DType f32 = DType::f32, f64 = DType::f64, bf16 = DType::bf16, f16 = DType::f16;
   // batch prefix H W dim channels heads hidden | x key weight | size mask delta cosine strided alternating
   const Config configs[] = {
