@@ -378,6 +378,16 @@ def test_freeze_trains_the_method_the_refinement_and_the_head(method):
         assert (p.grad is not None and bool(p.grad.abs().sum() > 0)) == p.requires_grad, name
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_trains_under_autocast(method):
+    model = fpet.freeze(fpet.apply(shake(add(vit(), method)), 1, refinement=True)).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(images()).float().square().sum()
+    loss.backward()
+    for name, p in model.named_parameters():
+        assert not p.requires_grad or bool(torch.isfinite(p.grad).all()), name
+
+
 def test_freeze_knows_two_heads_and_none():
     distilled = fpet.freeze(timm.create_model("deit_tiny_distilled_patch16_224", depth=1))
     assert {n for n, p in distilled.named_parameters() if p.requires_grad} == {

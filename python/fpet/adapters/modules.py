@@ -82,7 +82,8 @@ class BottleneckAdapter(PETModule):
         hidden = self.adapter_down(x)
         if self.activation == "relu":
             hidden = F.relu(hidden)
-        return self.adapter_up(F.dropout(hidden, self.dropout, self.training)) * self.scale
+        # The hidden units are scaled, not the output: many times fewer of them.
+        return self.adapter_up(F.dropout(hidden, self.dropout, self.training) * self.scale)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, dropout={self.dropout}, scale={self.scale}"
@@ -115,9 +116,8 @@ class RepAdapter(PETModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, dim) → (…, dim)."""
-        hidden = F.dropout(self.down(x), self.dropout, self.training)
-        parts = [F.linear(h, w) for h, w in zip(hidden.chunk(self.groups, -1), self.up_weight.chunk(self.groups), strict=True)]
-        return x + (torch.cat(parts, -1) + self.up_bias) * self.scale
+        hidden = F.dropout(self.down(x), self.dropout, self.training) * self.scale
+        return x + F.linear(hidden, self.dense_up(), self.up_bias * self.scale)
 
 
 class ScaleShift(PETModule):
@@ -139,7 +139,7 @@ class ScaleShift(PETModule):
         scale, shift = (
             (self.scale, self.shift) if self.channel_dim == -1 else (self.scale[:, None, None], self.shift[:, None, None])
         )
-        return (x * scale + shift).to(x.dtype)
+        return torch.addcmul(shift, x, scale).to(x.dtype)
 
 
 class Prompts(PETModule):
