@@ -194,6 +194,11 @@ class Problem:
             return forward + y + x
         return forward + (y + x + y + key) + (x + averaged)
 
+    def result_bytes(self, backward: bool) -> int:
+        """Bytes of what a call hands back: tokens, size and match, and with ``backward`` the gradients as well."""
+        results = [self.grad_tokens, self.grad_size, *(self.leaves if backward else ())]
+        return sum(t.numel() * t.element_size() for t in results) + 8 * self.batch * self.case.split.a.numel()
+
 
 def _refinement(key: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Seeded weights under which no hidden unit of these keys lies at the ReLU's kink, where rounding decides a gradient."""

@@ -290,6 +290,7 @@ class Bench:
         out = []
         for implementation in ready:
             name, sample = implementation.name, samples[implementation.name]
+            peak, results = peaks[name], problem.result_bytes(setting.backward)
             out.append({
                 "benchmark": "kernel_vs_ref", "implementation": name, "case": setting.case.name, "batch": batch,
                 "dtype": setting.dtype, "mode": setting.mode, "device": self.device.type, "timing": kind,
@@ -304,7 +305,7 @@ class Bench:
                    for b in (PAPER, PAPER_COMPILED, BEST)},
                 "bytes_per_image": moved / batch, "gb_per_s": moved / sample.median / 1e9, "copy_gb_per_s": bandwidth / 1e9,
                 "floor_ms_per_image": moved / bandwidth / batch * 1e3, "share_of_copy": moved / bandwidth / sample.median,
-                "peak_extra_mb": None if peaks[name] is None else peaks[name] / 1e6,  # type: ignore[operator]
+                "result_mb": results / 1e6, "peak_extra_mb": None if peak is None else max(0, peak - results) / 1e6,
                 "lost_tokens": implementation.lost_tokens, "of_images": problem.distinct, "errors": implementation.errors,
             })  # fmt: skip
         return out

@@ -165,7 +165,7 @@ def _status_bytes(name: str) -> int:
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Most memory that one call holds at a time beyond what was there before it, its results included.
+    """Most memory that one call holds at a time beyond what was there before it; its results are part of that.
 
     On the CPU: the high-water mark of the resident set, reset before the call; exact to some hundred KB. None where the
     system doesn't tell. On CUDA: what PyTorch's allocator counts.

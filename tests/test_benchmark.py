@@ -292,6 +292,13 @@ def test_peak_memory_sees_what_a_call_allocates():
     assert 30e6 < found < 60e6
 
 
+def test_result_bytes_are_those_of_the_results(base):
+    problem = problem_of(base)
+    given = gate.reference_answer(problem, True)
+    results = (given.tokens, given.size, given.match, *given.grads)
+    assert problem.result_bytes(True) == sum(t.numel() * t.element_size() for t in results)
+
+
 def test_the_threshold_rule_loses_tokens_and_bdm_merge_does_not():
     model = cases.seeded_vit(TINY)
     flat = lost_tokens.images(TINY.image_size)["flat"]
