@@ -6,11 +6,62 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends
 
-__all__ = ["BDMMerge", "BDMUnmerge"]
+__all__ = ["BDMMerge", "BDMMergeTransformed", "BDMUnmerge"]
+
+
+class _NoDoubleBackward(torch.autograd.Function):
+    """Passes first gradients on, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple:
+        raise RuntimeError(f"{ctx.name}: double backward is not supported; its gradient can be computed once only")
+
+
+def _once(name: str, results: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """``results`` of a backward with gradients ``grads``, such that differentiating them again is an error, not a silent zero."""
+    if torch.is_grad_enabled() and any(g.requires_grad for g in grads):
+        return _NoDoubleBackward.apply(name, len(results), *results, *grads)
+    return results
+
+
+def _merge(
+    x: Tensor,
+    key: Tensor,
+    size: Tensor | None,
+    w_down: Tensor | None,
+    w_up: Tensor | None,
+    dropout_mask: Tensor | None,
+    key_delta: Tensor | None,
+    split_a: Tensor | None,
+    split_b: Tensor | None,
+    grid_h: int,
+    grid_w: int,
+    num_prefix_tokens: int,
+    scale: float,
+    cosine: bool,
+    detach_key: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return backends.forward_op(backend)(
+        x, key, size, w_down, w_up, dropout_mask, key_delta, split_a, split_b, grid_h, grid_w, num_prefix_tokens, scale, cosine
+    )
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    tensors, ctx.problem, ctx.detach_key, ctx.backend = inputs[:9], inputs[9:14], inputs[14], inputs[15]
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(*tensors, *output)
 
 
 class BDMMerge(torch.autograd.Function):
@@ -20,46 +71,23 @@ class BDMMerge(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        key: Tensor,
-        size: Tensor | None,
-        w_down: Tensor | None,
-        w_up: Tensor | None,
-        dropout_mask: Tensor | None,
-        key_delta: Tensor | None,
-        split_a: Tensor | None,
-        split_b: Tensor | None,
-        grid_h: int,
-        grid_w: int,
-        num_prefix_tokens: int,
-        scale: float,
-        cosine: bool,
-        detach_key: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return backends.forward_op(backend)(
-            x, key, size, w_down, w_up, dropout_mask, key_delta, split_a, split_b, grid_h, grid_w, num_prefix_tokens, scale,
-            cosine,
-        )  # fmt: skip
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        output = _merge(*inputs)
+        _keep(ctx, inputs, output)
+        return output
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        tensors, ctx.problem, ctx.detach_key, ctx.backend = inputs[:9], inputs[9:14], inputs[14], inputs[15]
-        ctx.mark_non_differentiable(*output[2:])
-        ctx.save_for_backward(*tensors, *output)
-
-    @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_tokens: Tensor, grad_size: Tensor, *_: Any) -> tuple:
         *inputs, split_a, split_b, tokens, merged_size, match, second, mid = ctx.saved_tensors
         key = inputs[1]
         need_x, need_key, need_size, need_down, need_up, _, need_delta = ctx.needs_input_grad[:7]
         need_key = need_key and not ctx.detach_key
-        grad_x, grad_in_size, grad_down, grad_up, grad_delta, grad_key = backends.backward_op(ctx.backend)(
-            grad_tokens, grad_size, *inputs, tokens, merged_size, match, second, mid, split_a, split_b, *ctx.problem,
-            need_x, need_size, need_down or need_up, need_delta, need_key,
-        )  # fmt: skip
+        with torch.no_grad():
+            results = backends.backward_op(ctx.backend)(
+                grad_tokens, grad_size, *inputs, tokens, merged_size, match, second, mid, split_a, split_b, *ctx.problem,
+                need_x, need_size, need_down or need_up, need_delta, need_key,
+            )  # fmt: skip
+        grad_x, grad_in_size, grad_down, grad_up, grad_delta, grad_key = _once("bdm_merge", results, (grad_tokens, grad_size))
         if need_key and key.dim() == 4:
             grad_key = grad_key.unsqueeze(1).expand_as(key)
         return (
@@ -72,6 +100,13 @@ class BDMMerge(torch.autograd.Function):
             grad_delta if need_delta else None,
             *(None,) * 9,
         )
+
+
+class BDMMergeTransformed(BDMMerge):
+    """The same in the form that ``torch.func`` transforms need, which costs three times as much to call."""
+
+    forward = staticmethod(_merge)
+    setup_context = staticmethod(_keep)
 
 
 class BDMUnmerge(torch.autograd.Function):
@@ -95,7 +130,8 @@ class BDMUnmerge(torch.autograd.Function):
         ctx.problem = inputs[4:]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         match, split_a, split_b = ctx.saved_tensors
-        return (torch.ops.fpet.bdm_unmerge_backward(grad, match, split_a, split_b, *ctx.problem), *(None,) * 6)
+        with torch.no_grad():
+            result = torch.ops.fpet.bdm_unmerge_backward(grad, match, split_a, split_b, *ctx.problem)
+        return (*_once("bdm_unmerge", (result,), (grad,)), *(None,) * 6)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .autograd import BDMMerge, BDMUnmerge
+from .autograd import BDMMerge, BDMMergeTransformed, BDMUnmerge
 from .reference import bdm_merge_reference, bdm_unmerge_reference
-from .split import Split, checkerboard
+from .split import Split, check_sides
 
 __all__ = ["KeyRefinement", "Merged", "bdm_merge", "bdm_unmerge"]
 
@@ -97,7 +97,12 @@ def bdm_merge(
             backend asked for can't run here. The message names the argument, what was expected and what came.
     """
     batch, n, channels = _check_tokens(x, key)
-    split = _resolve_split(grid_size, split, num_prefix_tokens, n)
+    split, num_patches, _ = _resolve_split(grid_size, split, num_prefix_tokens)
+    if n != num_prefix_tokens + num_patches:
+        raise ValueError(
+            f"x: expected N = {num_prefix_tokens} prefix tokens + {num_patches} of {_name(split)} "
+            f"= {num_prefix_tokens + num_patches}, got N = {n}"
+        )
     if similarity != "cosine" and similarity != "dot":
         raise ValueError(f"similarity: expected 'cosine' or 'dot', got {similarity!r}")
     if size is not None:
@@ -117,13 +122,8 @@ def bdm_merge(
         )  # fmt: skip
         return Merged(tokens, merged_size, match)
 
-    if split.grid is None:
-        (split_a, split_b), (grid_h, grid_w) = split.on(x.device), (0, 0)
-    else:
-        split_a = split_b = None
-        grid_h, grid_w = split.grid
     args = (
-        x, key, size, w_down, w_up, dropout_mask, key_delta, split_a, split_b, grid_h, grid_w, num_prefix_tokens, scale,
+        x, key, size, w_down, w_up, dropout_mask, key_delta, *_split_args(split, x.device), num_prefix_tokens, scale,
         similarity == "cosine",
     )  # fmt: skip
     if torch.is_grad_enabled() and (
@@ -133,7 +133,8 @@ def bdm_merge(
         or (key_delta is not None and key_delta.requires_grad)
         or (w_down is not None and (w_down.requires_grad or w_up.requires_grad))
     ):
-        tokens, merged_size, match, _, _ = BDMMerge.apply(*args, detach_key, name)
+        function = BDMMergeTransformed if torch._C._are_functorch_transforms_active() else BDMMerge
+        tokens, merged_size, match, _, _ = function.apply(*args, detach_key, name)
     else:
         tokens, merged_size, match, _, _ = backends.forward_op(name)(*args)
     return Merged(tokens, merged_size, match)
@@ -169,21 +170,20 @@ def bdm_unmerge(
         raise TypeError(f"match: expected int64, got {match.dtype}")
     if match.device != tokens.device:
         raise ValueError(f"match: expected device {tokens.device}, as tokens, got {match.device}")
-    if split is None and grid_size is None:
-        raise ValueError("split: give grid_size=(H, W) or split, got neither")
-    split = _resolve_split(grid_size, split, num_prefix_tokens, None)
-    batch, merged = tokens.shape[0], num_prefix_tokens + split.b.shape[0]
+    split, num_patches, num_a = _resolve_split(grid_size, split, num_prefix_tokens)
+    batch, merged = tokens.shape[0], num_prefix_tokens + num_patches - num_a
     if tokens.shape[1] != merged:
-        raise ValueError(f"tokens: expected M = {num_prefix_tokens} prefix + {merged - num_prefix_tokens}, got {tokens.shape[1]}")
-    if match.shape != (batch, split.a.shape[0]):
-        raise ValueError(f"match: expected shape {(batch, split.a.shape[0])}, got {tuple(match.shape)}")
+        raise ValueError(
+            f"tokens: expected M = {num_prefix_tokens} prefix tokens + {num_patches - num_a} destinations of {_name(split)} "
+            f"= {merged}, got M = {tokens.shape[1]}"
+        )
+    if match.shape != (batch, num_a):
+        raise ValueError(f"match: expected shape {(batch, num_a)}, got {tuple(match.shape)}")
     if backend is not None:
         backends.select(tokens, backend)
     if backend == "reference":
         return bdm_unmerge_reference(tokens, match, split=split, num_prefix_tokens=num_prefix_tokens)
-    if split.grid is None:
-        return BDMUnmerge.apply(tokens, match, *split.on(tokens.device), 0, 0, num_prefix_tokens)
-    return BDMUnmerge.apply(tokens, match, None, None, *split.grid, num_prefix_tokens)
+    return BDMUnmerge.apply(tokens, match, *_split_args(split, tokens.device), num_prefix_tokens)
 
 
 def _check_tokens(x: Tensor, key: Tensor) -> tuple[int, int, int]:
@@ -208,24 +208,35 @@ def _check_tokens(x: Tensor, key: Tensor) -> tuple[int, int, int]:
     return batch, n, channels
 
 
-def _resolve_split(grid_size: tuple[int, int] | None, split: Split | None, num_prefix_tokens: int, n: int | None) -> Split:
+def _resolve_split(
+    grid_size: tuple[int, int] | None, split: Split | None, num_prefix_tokens: int
+) -> tuple[Split | tuple[int, int], int, int]:
+    """The split, or the (H, W) of its checkerboard; how many patches it has, and how many of them are sources."""
     if num_prefix_tokens < 0:
         raise ValueError(f"num_prefix_tokens: expected at least 0, got {num_prefix_tokens}")
     if (grid_size is None) == (split is None):
         got = "neither" if split is None else "both"
         raise ValueError(f"grid_size, split: expected exactly one of them, got {got}")
-    if split is None:
-        height, width = grid_size  # type: ignore[misc]
-        split = checkerboard(height, width)
-    elif not isinstance(split, Split):
-        raise TypeError(f"split: expected a fpet_kernels.Split, got {type(split).__name__}")
-    if n is not None and n != num_prefix_tokens + split.num_tokens:
-        what = f"a {split.grid[0]}×{split.grid[1]} grid" if split.grid else "the split"
-        raise ValueError(
-            f"x: expected N = {num_prefix_tokens} prefix tokens + {split.num_tokens} of {what} "
-            f"= {num_prefix_tokens + split.num_tokens}, got N = {n}"
-        )
-    return split
+    if split is not None:
+        if not isinstance(split, Split):
+            raise TypeError(f"split: expected a fpet_kernels.Split, got {type(split).__name__}")
+        return split.grid or split, split.num_tokens, split.a.shape[0]
+    if len(grid_size) != 2:  # type: ignore[arg-type]
+        raise ValueError(f"grid_size: expected (H, W), got {grid_size!r}")
+    height, width = grid_size  # type: ignore[misc]
+    check_sides(height=height, width=width)
+    if height * width < 4:
+        raise ValueError(f"grid_size: {height}×{width} has fewer than two destinations; expected at least 4 patches")
+    return (height, width), height * width, (height * width + 1) // 2
+
+
+def _split_args(split: Split | tuple[int, int], device: torch.device) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """What the operators take: position lists, or the sides of a checkerboard."""
+    return (*split.on(device), 0, 0) if isinstance(split, Split) else (None, None, *split)
+
+
+def _name(split: Split | tuple[int, int]) -> str:
+    return "the split" if isinstance(split, Split) else f"a {split[0]}×{split[1]} grid"
 
 
 def _check(name: str, t: Tensor, shape: tuple[int, ...], x: Tensor, *, allow_bool: bool = False) -> None:

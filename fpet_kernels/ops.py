@@ -24,7 +24,7 @@ from torch.library import Library
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
-from .split import Split, checkerboard
+from .split import Split
 
 __all__ = ["LIBRARY", "backward_outputs", "backward_flops", "forward_flops", "forward_outputs"]
 
@@ -57,10 +57,10 @@ def _counts(split_a: Tensor | None, split_b: Tensor | None, grid_h: int, grid_w:
     return (grid_h * grid_w + 1) // 2, grid_h * grid_w // 2
 
 
-def _split(split_a: Tensor | None, split_b: Tensor | None, grid_h: int, grid_w: int) -> Split:
+def _split(split_a: Tensor | None, split_b: Tensor | None, grid_h: int, grid_w: int) -> Split | tuple[int, int]:
     if split_a is not None and split_b is not None:
         return Split(split_a.numel() + split_b.numel(), split_a, split_b)
-    return checkerboard(int(grid_h), int(grid_w))
+    return grid_h, grid_w
 
 
 # --- shapes --------------------------------------------------------------------------------------------------------

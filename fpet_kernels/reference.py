@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .split import Split
+from .split import Split, checkerboard_positions
 
-__all__ = ["average_heads", "bdm_merge_reference", "bdm_unmerge_reference", "compute_dtype", "match_scores", "refine_key"]
+__all__ = ["average_heads", "bdm_merge_reference", "bdm_unmerge_reference", "compute_dtype", "match_scores", "positions", "refine_key"]
 
 NORM_EPS = 1e-12  # as torch.nn.functional.normalize, which the authors' code calls
 
@@ -21,6 +21,11 @@ NORM_EPS = 1e-12  # as torch.nn.functional.normalize, which the authors' code ca
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 where any input is, else float32: half precision never decides a match."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def positions(split: Split | tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions of the sources and the destinations; ``split`` is a Split, or the (H, W) of a checkerboard."""
+    return split.on(device) if isinstance(split, Split) else checkerboard_positions(*split, device)
 
 
 def average_heads(key: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,7 +65,7 @@ def bdm_merge_reference(
     x: Tensor,
     key: Tensor,
     *,
-    split: Split,
+    split: Split | tuple[int, int],
     num_prefix_tokens: int = 1,
     size: Tensor | None = None,
     w_down: Tensor | None = None,
@@ -76,6 +81,7 @@ def bdm_merge_reference(
     """The operator of :func:`fpet_kernels.bdm_merge` as the paper writes it, with no kernels and no custom gradient.
 
     Args:
+        split: a Split, or the (H, W) of a checkerboard.
         rule: ``"argmax"`` matches every source with its best destination, ties to the lowest index. ``"threshold"`` is the
             published ``σ(s − m) > 0.5``, which matches *nothing* where the two best scores round to the same value: that
             source is then silently lost.
@@ -89,7 +95,7 @@ def bdm_merge_reference(
     """
     with torch.autocast(device_type=x.device.type, enabled=False):
         dtype = dtype or compute_dtype(x, key, size, w_down, w_up, key_delta)
-        a, b = split.on(x.device)
+        a, b = positions(split, x.device)
         p = num_prefix_tokens
         batch, tokens_in = x.shape[:2]
 
@@ -140,11 +146,11 @@ def bdm_merge_reference(
         )
 
 
-def bdm_unmerge_reference(tokens: Tensor, match: Tensor, *, split: Split, num_prefix_tokens: int = 1) -> Tensor:
+def bdm_unmerge_reference(tokens: Tensor, match: Tensor, *, split: Split | tuple[int, int], num_prefix_tokens: int = 1) -> Tensor:
     """(B, N, D): every original position gets the token it was merged into."""
-    a, b = split.on(tokens.device)
+    a, b = positions(split, tokens.device)
     p = num_prefix_tokens
-    origin = match.new_empty(match.shape[0], p + split.num_tokens)  # (B, N) index into the merged tokens
+    origin = match.new_empty(match.shape[0], p + a.shape[0] + b.shape[0])  # (B, N) index into the merged tokens
     origin[:, :p] = torch.arange(p, device=match.device)
     origin[:, b + p] = torch.arange(p, tokens.shape[1], device=match.device)
     origin[:, a + p] = match

@@ -85,15 +85,24 @@ def _rebuild(num_tokens: int, a: list[int], b: list[int], grid: tuple[int, int] 
     return Split(num_tokens, a, b, grid=grid)
 
 
-def _check_sides(**sides: int) -> None:
+def check_sides(**sides: int) -> None:
     for name, value in sides.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
-def _by_mask(mask: Tensor, grid: tuple[int, int] | None = None) -> Split:
+def _by_mask(mask: Tensor) -> Split:
     mask = mask.flatten()
-    return Split(mask.numel(), mask.nonzero().flatten(), (~mask).nonzero().flatten(), grid=grid)
+    return Split(mask.numel(), mask.nonzero().flatten(), (~mask).nonzero().flatten())
+
+
+def checkerboard_positions(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """int64 positions (N_A,) and (N_B,) of the checkerboard, in closed form: no data-dependent shape, so it can be traced."""
+    if width % 2:  # then row + col is even where row · width + col is
+        return torch.arange(0, height * width, 2, device=device), torch.arange(1, height * width, 2, device=device)
+    i = torch.arange(height * width // 2, device=device)
+    row, col = i // (width // 2), 2 * (i % (width // 2))
+    return row * width + col + row % 2, row * width + col + 1 - row % 2
 
 
 @functools.lru_cache(maxsize=256)
@@ -102,9 +111,8 @@ def checkerboard(height: int, width: int) -> Split:
 
     Both sets are in raster order. Odd sides are fine: a 7×7 grid has 25 sources and 24 destinations.
     """
-    _check_sides(height=height, width=width)
-    row, col = torch.arange(height)[:, None], torch.arange(width)[None, :]
-    return _by_mask((row + col) % 2 == 0, grid=(height, width))
+    check_sides(height=height, width=width)
+    return Split(height * width, *checkerboard_positions(height, width, torch.device("cpu")), grid=(height, width))
 
 
 @functools.lru_cache(maxsize=256)
@@ -115,7 +123,7 @@ def second_checkerboard(height: int, width: int) -> Split:
     rows are sources, odd rows destinations, so that every source's nearest neighbours are destinations. What this second
     merge leaves is an ordinary ``height // 2`` × ``ceil(width / 2)`` grid again.
     """
-    _check_sides(height=height, width=width)
+    check_sides(height=height, width=width)
     row, col = torch.arange(height)[:, None], torch.arange(width)[None, :]
     left = (row + col) % 2 == 1
     return _by_mask((row.expand(height, width)[left]) % 2 == 0)
@@ -124,13 +132,13 @@ def second_checkerboard(height: int, width: int) -> Split:
 @functools.lru_cache(maxsize=256)
 def alternating(num_tokens: int) -> Split:
     """Every second token, as in ToMe: even positions are sources, odd positions destinations."""
-    _check_sides(num_tokens=num_tokens)
+    check_sides(num_tokens=num_tokens)
     return _by_mask(torch.arange(num_tokens) % 2 == 0)
 
 
 @functools.lru_cache(maxsize=256)
 def checkerboard_3d(frames: int, height: int, width: int) -> Split:
     """For video tokens, frame by frame in raster order: a source where frame + row + col is even."""
-    _check_sides(frames=frames, height=height, width=width)
+    check_sides(frames=frames, height=height, width=width)
     t, row, col = torch.arange(frames)[:, None, None], torch.arange(height)[:, None], torch.arange(width)
     return _by_mask((t + row + col) % 2 == 0)
