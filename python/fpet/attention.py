@@ -113,7 +113,9 @@ def attend(
         return (weights if dropout is None else dropout(weights)) @ v
     dropout_p = dropout.p if dropout is not None and dropout.training else 0.0
     if sizes is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
+        )
     if _takes_column(q, k, v, attn_mask, sizes):
         q, k, padded = _with_size_column(q, k, v, sizes.log_size, scale)
         out = F.scaled_dot_product_attention(q, k, padded, dropout_p=dropout_p, is_causal=is_causal, scale=scale)

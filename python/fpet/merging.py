@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fpet_kernels import Merged, Split, bdm_merge, bdm_unmerge, checkerboard, second_checkerboard
@@ -31,8 +31,8 @@ class MergeStep(NamedTuple):
     similarity: str = "cosine"
     backend: str | None = None
 
-    def merge(self, x: Tensor, key: Tensor, refinement: nn.Module | None) -> Merged:
-        """Merges (B, N, D) ``x`` by (B, heads, N, C) ``key``; ``refinement`` is the block's KeyRefinement module."""
+    def merge(self, x: Tensor, key: Tensor, refinement: Any) -> Merged:
+        """Merges (B, N, D) ``x`` by (B, heads, N, C) ``key``; ``refinement`` is the block's KeyRefinement or None."""
         batch, n = x.shape[:2]
         weights = None if refinement is None else refinement.weights(batch, n)
         merged = bdm_merge(
@@ -82,6 +82,13 @@ def _plan(height: int, width: int, count: int) -> tuple[tuple[Split, ...], tuple
         return tuple(splits), tuple(kept)
 
 
+@functools.lru_cache(maxsize=256)
+def _kept(height: int, width: int, count: int, num_prefix_tokens: int, device: torch.device) -> Tensor:
+    patches = _plan(height, width, count)[1][count - 1]
+    with _real_cpu_tensors():
+        return torch.cat((torch.arange(num_prefix_tokens), patches + num_prefix_tokens)).to(device)
+
+
 # The tracer takes both tables as constants: they depend on the shape of the grid alone.
 @torch.compiler.assume_constant_result
 def merge_splits(height: int, width: int, count: int) -> tuple[Split, ...]:
@@ -97,12 +104,9 @@ def merge_splits(height: int, width: int, count: int) -> tuple[Split, ...]:
 
 
 @torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=256)
 def kept_positions(height: int, width: int, count: int, num_prefix_tokens: int, device: torch.device) -> Tensor:
     """(M,) int64 on ``device``: which of the original tokens, prefix tokens first, are left after ``count`` merges."""
-    patches = _plan(height, width, count)[1][count - 1]
-    with _real_cpu_tensors():
-        return torch.cat((torch.arange(num_prefix_tokens), patches + num_prefix_tokens)).to(device)
+    return _kept(height, width, count, num_prefix_tokens, device)
 
 
 def unmerge(tokens: Tensor, splits: tuple[Split, ...], matches: list[Tensor], num_prefix_tokens: int) -> Tensor:

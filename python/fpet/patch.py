@@ -8,6 +8,7 @@ from typing import Any
 
 from timm.layers import PatchDropout, PatchDropoutWithIndices
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .block import convert, key_channels, restore, why_not
@@ -63,7 +64,7 @@ def apply(
         TypeError: a model, block or attention that merging would not be sound in, with the reason. ValueError: an argument's
             value. Nothing is changed then.
     """
-    inner = find_model(model)
+    inner: Any = find_model(model)
     layers = _check_layers(layer, len(inner.blocks))
     if proportional_attention is True:
         form: str | None = "auto"
@@ -79,6 +80,10 @@ def apply(
         height, width = inner.patch_embed.grid_size
         merge_splits(height, width, len(layers))
     modules = _check_refinement(refinement, layers, inner)
+    if modules and isinstance(inner, FSDPModule):
+        raise TypeError(
+            f"model: {type(inner).__name__} is sharded and takes no new parameters; call fpet.apply before fully_shard"
+        )
 
     for block in inner.blocks:
         convert(block)
@@ -159,6 +164,8 @@ def find_model(model: nn.Module) -> nn.Module:
     reason = _REASONS.get(name)
     if reason is None and (base := next((cls for cls in type(model).__mro__[1:] if cls in MODELS), None)) is not None:
         reason = f"it is a subclass of timm's {base.__name__}, and what it changes there is unknown"
+        if isinstance(model, FSDPModule):
+            reason = "it is sharded; call fpet.apply before fully_shard"
     if reason is None:
         reason = f"no knowledge of it; known are {', '.join(cls.__name__ for cls in MODELS)}"
     raise TypeError(f"model: {name} can't be merged: {reason}")
@@ -189,7 +196,7 @@ def _check_layers(layer: int | Iterable[int] | None, depth: int) -> tuple[int, .
     return tuple(sorted(layers))
 
 
-def _check_refinement(refinement: Any, layers: tuple[int, ...], inner: nn.Module) -> dict[int, nn.Module]:
+def _check_refinement(refinement: Any, layers: tuple[int, ...], inner: Any) -> dict[int, nn.Module]:
     """The modules to set, by layer."""
     if refinement is None or refinement is False:
         return {}

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.layers import Attention, AttentionRope
+from timm.models.eva import EvaAttention
 from torch import nn
 
-pytest.importorskip("timm")
-from timm.layers import Attention, AttentionRope  # noqa: E402
-from timm.models.eva import EvaAttention  # noqa: E402
-
-from fpet.attention import ATTENTIONS, _with_size_column, attend  # noqa: E402
-from fpet.merging import SizeBias  # noqa: E402
+from fpet.attention import ATTENTIONS, _with_size_column, attend
+from fpet.merging import SizeBias
 
 FORMS = {"mask": {}, "column": {}, "auto": {}, "unfused": {"fused": False}}
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 
 import pytest
+import timm
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-timm = pytest.importorskip("timm")
-import fpet_kernels as fk  # noqa: E402
-
-import fpet  # noqa: E402
-from fpet.merging import kept_positions, merge_splits  # noqa: E402
+import fpet
+import fpet_kernels as fk
+from fpet.merging import kept_positions, merge_splits
 
 TINY = dict(img_size=(32, 48), patch_size=8, embed_dim=96, depth=5, num_heads=4, num_classes=5)  # 4×6 patches
 
@@ -168,8 +167,13 @@ def test_relative_position_bias_keeps_rows_and_columns_of_what_is_left(family: s
     torch.testing.assert_close(attn(x[:, kept], **{keyword: bias}, kept=kept), expected)
 
 
-@pytest.mark.parametrize("name", ["beit_base_patch16_224", "vit_relpos_small_patch16_rpn_224", "vit_dlittle_patch16_reg1_gap_256",
-                                  "vit_small_patch16_36x1_224", "vit_small_patch16_18x2_224"])  # fmt: skip
+SECOND_TIER = (
+    "beit_base_patch16_224", "vit_relpos_small_patch16_rpn_224", "vit_dlittle_patch16_reg1_gap_256",
+    "vit_small_patch16_36x1_224", "vit_small_patch16_18x2_224",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SECOND_TIER)
 @torch.no_grad()
 def test_second_tier_merges_where_it_should(name: str) -> None:
     """Blocks before the merge see nothing of it, and equal tokens merge into themselves."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import warnings
 
 import pytest
+import timm
 import torch
+from timm.models._registry import _module_to_models
 
-timm = pytest.importorskip("timm")
-from timm.models._registry import _module_to_models  # noqa: E402
-
-import fpet  # noqa: E402
-from fpet.models import MODELS  # noqa: E402
+import fpet
+from fpet.models import MODELS
 
 FAMILIES = ("vision_transformer", "deit", "eva", "beit", "vision_transformer_relpos")
 # The same few classes behind other stems; one of each is enough, as a convolutional stem takes a second to build.
