@@ -54,7 +54,7 @@ build/.ready: $(NATIVE)
 test: ctest ctest-sanitize pytest
 
 # $(call run_ctest,folder,options)
-run_ctest = cmake -G Ninja -S . -B $(1) -DFPET_BUILD_TESTS=ON $(2) && cmake --build $(1) && ctest --test-dir $(1) --output-on-failure
+run_ctest = cmake -G Ninja -S . -B $(1) -DFPET_BUILD_OPS=OFF -DFPET_BUILD_TESTS=ON $(2) && cmake --build $(1) && ctest --test-dir $(1) --output-on-failure
 
 ctest: $(READY)
 	$(call run_ctest,build/ctest,-DCMAKE_BUILD_TYPE=Release)
