@@ -191,16 +191,40 @@ inline void prefetch_key(const Problem& p, int64_t image, int64_t n) {
     for (int64_t at = 0; at < p.channels * bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
 }
 
+// Divides `rows` keys by their norms, as many at once as a vector has lanes; norms below 1e-12 count as 1e-12.
+template <class T>
+void normalise(T* keys, int64_t cp, int64_t rows, T* norms) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t r0 = 0; r0 < rows; r0 += lanes) {
+    const int64_t count = min64(lanes, rows - r0);
+    T* key = keys + r0 * cp;
+    Vec<T> squares[lanes] = {};
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t c = 0; c < cp; c += lanes) squares[r] += load(key + r * cp + c) * load(key + r * cp + c);
+    sum_each<T>(squares);
+    T norm[lanes], inverse[lanes];
+    store(norm, squares[0]);
+    for (int l = 0; l < lanes; ++l) norm[l] = square_root(norm[l]);
+    const Vec<T> n = load(norm);
+    store(inverse, T(1) / (n < T(1e-12) ? splat(T(1e-12)) : n));  // NaN passes
+    for (int64_t r = 0; r < count; ++r) {
+      if (norms) norms[r0 + r] = norm[r];
+      for (int64_t c = 0; c < cp; c += lanes) store(key + r * cp + c, load(key + r * cp + c) * inverse[r]);
+    }
+  }
+}
+
 // k' and k̂ of rows [begin, end).
 template <class T>
 void refine_keys(const Problem& p, const Shared<T>& s, const Keys<T>& keys, const KeyScratch<T>& t, int64_t image, int64_t begin,
-                 int64_t end) {
+                 int64_t end, Ahead* ahead = nullptr) {
   constexpr int lanes = kLanes<T>;
   for (int64_t r0 = begin; r0 < end; r0 += kKeyRows) {
     const int64_t rows = min64(kKeyRows, end - r0);
     for (int64_t r = 0; r < rows; ++r) {
       if (r0 + r + kKeyAhead < end) prefetch_key(p, image, position(p, s, r0 + r + kKeyAhead));
       read_key(t.key + r * s.cp, t.row, p, s.cp, image, position(p, s, r0 + r));
+      if (const char* fetch = ahead ? ahead->take(768) : nullptr) prefetch_lines(fetch, 12);
     }
     if (p.hidden) {
       T* hidden = keys.hidden ? keys.hidden + r0 * s.hp : t.hidden;
@@ -222,14 +246,9 @@ void refine_keys(const Problem& p, const Shared<T>& s, const Keys<T>& keys, cons
         read_any(t.row, delta, image * delta.stride[0] + position(p, s, r0 + r) * delta.stride[1], delta.stride[2], p.channels);
         for (int64_t c = 0; c < p.channels; ++c) t.key[r * s.cp + c] += t.row[c];
       }
+    if (p.cosine) normalise(t.key, s.cp, rows, keys.norm ? keys.norm + r0 : nullptr);
     for (int64_t r = 0; r < rows; ++r) {
-      T* k = t.key + r * s.cp;
-      if (p.cosine) {
-        const T norm = T(__builtin_sqrt(double(dot(k, k, s.cp))));
-        const T inverse = T(1) / (norm > T(1e-12) || norm != norm ? norm : T(1e-12));
-        for (int64_t c = 0; c < s.cp; c += lanes) store(k + c, load(k + c) * inverse);
-        if (keys.norm) keys.norm[r0 + r] = norm;
-      }
+      const T* k = t.key + r * s.cp;
       const int64_t row = r0 + r, j = row - p.num_a;
       if (j >= 0) {
         memcpy(keys.b + j * s.cp, k, size_t(s.cp) * sizeof(T));
@@ -432,8 +451,8 @@ struct Forward {
         const Task task = task_at(base, t);
         const Image image = image_at(base, t);
         for (int64_t b = begin; b < end; ++b) {
-          refine_keys(p, shared, image.keys, task.key, b, 0, key_rows);
           Ahead ahead = tokens_ahead(b);
+          refine_keys(p, shared, image.keys, task.key, b, 0, key_rows, &ahead);
           match_rows(p, *out, shared, image.keys, task.tile, b, 0, p.num_a, &ahead);
           image.groups.fill(p, out->match, b);
           merge_rows<S, T>(p, *out, shared, image.groups, task.rows, task.weights, b, 0, merged, stream, b + 1 < end && key_bytes <= kAheadBytes / 4);

@@ -24,7 +24,7 @@ struct Ahead {
   }
 };
 inline void prefetch_lines(const char* p, int lines) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
   for (int u = 0; u < lines; ++u) __builtin_prefetch(p + u * 64, 0, 2);
 }
 
@@ -41,9 +41,9 @@ inline void matmul_tile(int64_t k, const T* a, int64_t a_row, int64_t a_col, con
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) acc[r][v] = Vec<T>{};
-  const char* fetch = ahead ? ahead->take(k * 256) : nullptr;
+  const char* fetch = ahead ? ahead->take(k * 192) : nullptr;
   for (int64_t p = 0; p < k; ++p) {
-    if (fetch) prefetch_lines(fetch + p * 256, 4);
+    if (fetch) prefetch_lines(fetch + p * 192, 3);
     Vec<T> bv[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) bv[v] = load(b + p * b_row + v * lanes);

@@ -178,6 +178,9 @@ inline void store(f16* p, Vec<float> v) {
 #endif
 }
 
+inline float square_root(float v) { return __builtin_sqrtf(v); }
+inline double square_root(double v) { return __builtin_sqrt(v); }
+
 // The sum of all lanes, always in the same order.
 template <class T>
 inline T sum_lanes(Vec<T> v) {
