@@ -4,17 +4,18 @@ import copy
 import io
 import pickle
 
-import fpet
 import pytest
 import timm
 import torch
 import torch.distributed as dist
-from fpet.adapters import METHODS, PETModule
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+
+import fpet
+from fpet.adapters import METHODS, PETModule
 
 FOLDABLE = ("lora", "bi-lora", "repadapter", "ssf", "fact-tt")
 IDENTITY = ("none", "linear", "full", "bitfit", "adaptformer", "lora", "repadapter", "fact-tt")  # at first

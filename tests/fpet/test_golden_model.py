@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
-import fpet
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
+
+import fpet
 
 FILES = sorted((Path(__file__).parents[1] / "golden_model").glob("*.npz"))
 

@@ -8,9 +8,10 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from fpet.quantize import BITS, QuantizedLinear, latent_weight, levels, pack, packed_size, quantize_weight, unpack
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fpet.quantize import BITS, QuantizedLinear, latent_weight, levels, pack, packed_size, quantize_weight, unpack
 
 
 def weight(*shape, seed=0, dtype=torch.float32):

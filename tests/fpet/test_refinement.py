@@ -1,11 +1,11 @@
 """KeyRefinement: what it hands to the merging operator."""
 
-import fpet
 import pytest
 import torch
-from fpet.quantize import quantize_weight
 
+import fpet
 import fpet_kernels
+from fpet.quantize import quantize_weight
 
 
 def refined(**options):

@@ -5,16 +5,17 @@ import json
 import os
 import struct
 
-import fpet
 import pytest
 import safetensors.torch
 import timm
 import torch
+from safetensors import safe_open
+from timm.models.vision_transformer import VisionTransformer
+
+import fpet
 from fpet.adapters import METHODS, PETModule
 from fpet.quantize import QuantizedLinear, levels, packed_size
 from fpet.saving import backbone_hash
-from safetensors import safe_open
-from timm.models.vision_transformer import VisionTransformer
 
 
 def backbone(seed=0, **options):
