@@ -60,7 +60,7 @@ ctest: $(READY)
 	$(call run_ctest,build/ctest,-DCMAKE_BUILD_TYPE=Release)
 
 ctest-sanitize: $(READY)
-	$(call run_ctest,build/ctest-sanitize,-DCMAKE_BUILD_TYPE=RelWithDebInfo -DFPET_SANITIZE=address$(comma)undefined)
+	$(call run_ctest,build/ctest-sanitize,-DCMAKE_BUILD_TYPE=RelWithDebInfo '-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g1' -DFPET_SANITIZE=address$(comma)undefined)
 
 ctest-arm: $(READY)
 	$(call run_ctest,build/ctest-arm,-DCMAKE_BUILD_TYPE=Release -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
