@@ -8,10 +8,12 @@ the architecture and the shape of one image only, never on the batch: an image's
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["TABLES", "Architecture", "Short", "Tiles", "architecture_of", "next_power", "short_class"]
+__all__ = ["TABLES", "Architecture", "Short", "Tiles", "architecture_of", "next_power", "pretend", "short_class", "table"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ TABLES: dict[str, Architecture] = {
     "sm90": Architecture(_FORWARD, _BACKWARD, 264, Tiles(64, 64, 64, 64, 4, 2), _DOUBLE, True, 232_448),
     "sm100": Architecture(_FORWARD, _BACKWARD, 296, Tiles(64, 64, 64, 64, 4, 2), _DOUBLE, True, 232_448),
     "gfx942": Architecture(_FORWARD, _BACKWARD, 304, Tiles(64, 64, 64, 32, 4, 2), _DOUBLE, True, 65_536),
+    # Triton's interpreter pays for every operation, not for its size: few large tiles.
+    "interpreter": Architecture(_FORWARD, _BACKWARD, 1, Tiles(64, 64, 64, 128, 4, 1), Tiles(64, 64, 32, 64, 4, 1), True, 1 << 30),
     # Anything else: the least demanding of the above, for 99 KiB of shared memory (sm_86, sm_89, sm_120).
     "other": Architecture(_FORWARD, _BACKWARD, 128, Tiles(32, 32, 32, 32, 4, 1), _DOUBLE, True, 101_376),
 }
@@ -112,11 +116,32 @@ def short_class(num_a: int, num_b: int, channels: int, hidden: int) -> int | Non
     return next_power(num_b)
 
 
+_pretended: str | None = None
+
+
+@contextlib.contextmanager
+def pretend(name: str) -> Iterator[None]:
+    """Every device is taken for ``name``, a key of ``TABLES``: to compile for a GPU that is not there, or try a table."""
+    global _pretended
+    before, _pretended = _pretended, name
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
+def table(device_type: str, index: int | None) -> Architecture:
+    """The configurations for a device."""
+    return TABLES[_pretended or architecture_of(device_type, index)]
+
+
 @functools.lru_cache(maxsize=64)
 def architecture_of(device_type: str, index: int | None) -> str:
     """The key into ``TABLES`` for a device."""
     import torch
 
+    if device_type == "cpu":
+        return "interpreter"
     if device_type != "cuda" or not torch.cuda.is_available():
         return "other"
     if torch.version.hip is not None:

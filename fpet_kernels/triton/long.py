@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from .primitives import (
-    destination_token,
     exact_dot,
     inverse_norm,
     load_key,

@@ -6,7 +6,9 @@ costs what Triton's own launch costs. Under ``TRITON_INTERPRET=1`` they are opaq
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,7 +36,24 @@ def _two_floats(value: float) -> tuple[float, float]:
     return high, (value - high if abs(high) != float("inf") else 0.0)
 
 
+_recorded: list[tuple[Any, tuple, dict[str, Any]]] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[tuple[Any, tuple, dict[str, Any]]]]:
+    """Launches are noted, as (kernel, arguments, compile-time arguments), instead of made."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
 def _launch(kernel: Any, grid: tuple, *args: Any, **meta: Any) -> None:
+    if _recorded is not None:
+        _recorded.append((kernel, args, meta))
+        return
     if not INTERPRETED.value:
         kernel = torch.library.wrap_triton(kernel)
     kernel[grid](*args, **meta)
@@ -66,9 +85,9 @@ class _Problem:
         self.raw = (
             self.heads == 1 and not self.refined and not self.delta and key.dtype in (torch.float16, torch.bfloat16)
         ) and not self.double
-        arch = configs.TABLES[configs.architecture_of(x.device.type, x.device.index)]
-        self.arch = arch
+        self.arch = arch = configs.table(x.device.type, x.device.index)
         self.tiles = arch.tiles_double if self.double else arch.tiles
+        self.row_block = min(32, self.tiles.block_a)
         self.split = arch.split_float32
         self.short = None if self.double else configs.short_class(self.num_a, self.num_b, self.channels, self.hidden)
         # An absent tensor still takes an argument: any pointer will do, it is never read.
@@ -102,8 +121,7 @@ class _Problem:
 
     def prepare(self) -> tuple[Tensor, Tensor]:
         """k' of every row (B, N_A + N_B, C) and its norm."""
-        t = self.tiles
-        rows = 16 if self.double else 32
+        t, rows = self.tiles, self.row_block
         prepared = self.x.new_empty(
             (self.batch, self.rows, self.channels), dtype=self.key.dtype if self.raw else self.score_dtype
         )
@@ -195,7 +213,8 @@ def _launch_backward(
     if q.batch == 0:
         return outputs
     match, second, mid = match.contiguous(), second.contiguous(), mid.contiguous()
-    fused = q.short is not None and (need_weights or need_refined or need_key)
+    # The key's own gradient through a refinement is the paper's ablation: not worth a fused kernel.
+    fused = q.short is not None and (need_weights or need_refined or need_key) and not (need_key and q.refined)
     (_backward_short if fused else _backward_long)(
         q, grad_tokens, grad_size, tokens, merged_size.contiguous(), match, second, mid, outputs, *needs
     )
@@ -242,7 +261,7 @@ def _backward_long(
             *grad_tokens.stride(), *q.s_x, *q.s_size, q.num_a, q.num_b, q.prefix, q.width, q.dim, q.channels,
             BA=t.block_a, BB=t.block_b, BC=t.block_c, BD=t.block_d, SIZED=sized, **flags, **warp,
         )  # fmt: skip
-    rows = 16 if q.double else 32
+    rows = q.row_block
     block_h = min(t.block_c, configs.next_power(max(q.hidden, 1)))
     adapter = (*q.key.stride(), *q.s_down, *q.s_up, *q.s_mask)
     sizes = (q.num_a, q.rows, q.prefix, q.width, q.channels, q.heads, q.hidden, *q.scale)
@@ -253,15 +272,7 @@ def _backward_long(
         **flags, **warp,
     )  # fmt: skip
     if need_weights:
-        rows_per_program = 256
-        pieces = q.batch * _cdiv(q.rows, rows_per_program)
-        partial = q.new(pieces, 2, q.channels, q.hidden)
-        _launch(
-            long.weight_partials, (pieces, _cdiv(q.hidden, block_h), c_blocks),
-            unit_grad, q.key, q.p_down, q.p_up, q.p_mask, q.p_a, q.p_b, partial, *adapter, *sizes, rows_per_program,
-            BR=rows, BC=t.block_c, BH=block_h, LISTED=q.listed, MASKED=q.masked, DOUBLE=q.double, SPLIT=q.split, **warp,
-        )  # fmt: skip
-        _reduce(q, partial, pieces, grad_down, grad_up)
+        _weights(q, unit_grad, grad_down, grad_up)
 
 
 def _backward_short(
@@ -271,24 +282,40 @@ def _backward_short(
 ) -> None:  # fmt: skip
     grad_x, grad_in_size, grad_down, grad_up, grad_refined, grad_key = outputs
     config = q.arch.backward[q.x.element_size(), q.short]
-    partial = q.new(q.batch, 2, q.channels, q.hidden) if need_weights else merged_size
     spread = _cdiv(q.merged + q.num_a, _SPREAD_ROWS) if need_x or need_size else 0
+    unit_grad = q.new(q.batch, q.rows, q.channels)
+    prepared = unit_grad if q.raw else q.new(q.batch, q.rows, q.channels)
+    inverse = q.new(q.batch, q.rows) if q.cosine else unit_grad
     _launch(
         short.backward_short, (q.batch * (1 + spread),),
         grad_tokens, grad_tokens if grad_size is None else grad_size, q.x, q.key, q.p_size, q.p_down, q.p_up, q.p_mask,
-        q.p_delta, q.p_a, q.p_b, tokens, merged_size, match, second, mid, grad_x, grad_in_size, grad_refined, grad_key, partial,
+        q.p_delta, q.p_a, q.p_b, tokens, merged_size, match, second, mid, grad_x, grad_in_size, grad_refined, grad_key,
+        prepared, inverse, unit_grad,
         *grad_tokens.stride(), *((0, 0) if grad_size is None else grad_size.stride()[:2]), *q.s_x, *q.key.stride(), *q.s_size,
         *tokens.stride(), *q.s_down, *q.s_up, *q.s_mask, *q.s_delta,
         q.num_a, q.num_b, q.prefix, q.width, q.dim, q.channels, q.heads, q.hidden, *q.scale, spread,
-        BA=min(config.block_a, configs.next_power(q.num_a)), BD=config.block_d, BR=_SPREAD_ROWS, BS=q.spread_columns,
-        GRAD_SIZE=grad_size is not None, NEED_X=need_x, NEED_SIZE=need_size, NEED_WEIGHTS=need_weights,
-        NEED_REFINED=need_refined, NEED_KEY=need_key, **q.short_flags(), num_warps=config.warps, num_stages=config.stages,
+        BA=min(config.block_a, configs.next_power(q.num_a)), BD=config.block_d, BR=_SPREAD_ROWS, BS=q.spread_columns, BK=32,
+        GRAD_SIZE=grad_size is not None, NEED_X=need_x, NEED_SIZE=need_size, NEED_REFINED=need_refined, NEED_KEY=need_key,
+        **q.short_flags(), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if need_weights:
-        _reduce(q, partial, q.batch, grad_down, grad_up)
+        _weights(q, unit_grad, grad_down, grad_up)
 
 
-def _reduce(q: _Problem, partial: Tensor, pieces: int, grad_down: Tensor, grad_up: Tensor) -> None:
+def _weights(q: _Problem, refined_grad: Tensor, grad_down: Tensor, grad_up: Tensor) -> None:
+    """dW_down and dW_up from dk': every program sums some rows of one image, then the sums are added up in a fixed order."""
+    t = q.tiles
+    rows_per_program = 512
+    block_h = min(t.block_c, configs.next_power(q.hidden))
+    pieces = q.batch * _cdiv(q.rows, rows_per_program)
+    partial = q.new(pieces, 2, q.channels, q.hidden)
+    _launch(
+        long.weight_partials, (pieces, _cdiv(q.hidden, block_h), _cdiv(q.channels, t.block_c)),
+        refined_grad, q.key, q.p_down, q.p_up, q.p_mask, q.p_a, q.p_b, partial, *q.key.stride(), *q.s_down, *q.s_up, *q.s_mask,
+        q.num_a, q.rows, q.prefix, q.width, q.channels, q.heads, q.hidden, *q.scale, rows_per_program,
+        BR=q.row_block, BC=t.block_c, BH=block_h, LISTED=q.listed, MASKED=q.masked, DOUBLE=q.double, SPLIT=q.split,
+        num_warps=t.warps, num_stages=t.stages,
+    )  # fmt: skip
     _launch(
         long.reduce_partials, (_cdiv(2 * q.channels * q.hidden, 64),),
         partial, grad_down, grad_up, pieces, q.channels, q.hidden, BP=16, BE=64, DOUBLE=q.double, num_warps=4,

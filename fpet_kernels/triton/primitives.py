@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction
 
-INTERPRETED = tl.constexpr(isinstance(triton.jit(lambda: None), InterpretedFunction))
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 NORM_EPS = tl.constexpr(1e-12)  # as reference.NORM_EPS
 
 

@@ -16,6 +16,7 @@ from .primitives import (
     inverse_norm,
     load_key,
     load_matrix,
+    row_token,
     second_column,
     soft_slope,
     source_token,
@@ -109,6 +110,34 @@ def _gather_sources(into, x, sizes, total, SIZED: tl.constexpr, SPLIT: tl.conste
 
 
 @triton.jit
+def _match_block(
+    start, p_key, p_size, p_delta, p_down, p_up, p_mask, p_split_a, p_match, p_second, p_mid,
+    stride_key_h, stride_key_n, stride_key_c, stride_size_n, stride_delta_n, stride_delta_c,
+    stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_n, stride_mask_h,
+    key_b, inverse_b, num_a, num_b, prefix, width, channels, heads, hidden, scale, write_match, write_rest,
+    BA: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, LISTED: tl.constexpr, SIZED: tl.constexpr, REFINED: tl.constexpr,
+    MASKED: tl.constexpr, DELTA: tl.constexpr, COSINE: tl.constexpr, RAW: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Matches BA sources of one image from ``start`` on: their mask, tokens, best destinations and sizes (0 beyond the last)."""
+    i = start + tl.arange(0, BA)
+    a_mask = i < num_a
+    token_a = source_token(i, a_mask, p_split_a, prefix, width, LISTED)
+    key_a, inverse_a = _refined_key(
+        p_key, p_delta, p_down, p_up, p_mask, stride_key_h, stride_key_n, stride_key_c, stride_delta_n, stride_delta_c,
+        stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_n, stride_mask_h, token_a, a_mask, channels, heads,
+        hidden, scale, BC, BH, REFINED, MASKED, DELTA, COSINE, RAW, SPLIT,
+    )  # fmt: skip
+    best, i_best, second, i_second = top_two(_scores(key_a, inverse_a, key_b, inverse_b, COSINE, SPLIT), num_b)
+    i_second = second_column(second, i_second, i_best)
+    if write_match:
+        tl.store(p_match + i, (prefix + i_best).to(tl.int64), mask=a_mask)
+    if write_rest:
+        tl.store(p_second + i, (prefix + i_second).to(tl.int64), mask=a_mask)
+        tl.store(p_mid + i, (best + second) / 2, mask=a_mask)
+    return a_mask, token_a, i_best, _row_sizes(p_size, stride_size_n, token_a, a_mask, SIZED)
+
+
+@triton.jit
 def merge_short(
     p_x, p_key, p_size, p_down, p_up, p_mask, p_delta, p_split_a, p_split_b, p_tokens, p_merged_size, p_match, p_second, p_mid,
     stride_x_b, stride_x_n, stride_x_d, stride_key_b, stride_key_h, stride_key_n, stride_key_c, stride_size_b, stride_size_n,
@@ -129,6 +158,8 @@ def merge_short(
     p_mask += b * stride_mask_b
     p_delta += b * stride_delta_b
     p_match += b * num_a
+    p_second += b * num_a
+    p_mid += b * num_a
     merged = prefix + num_b
 
     j = tl.arange(0, BB)
@@ -142,24 +173,25 @@ def merge_short(
     size_b = _row_sizes(p_size, stride_size_n, token_b, b_mask, SIZED)
     n = size_b
 
-    for start in range(0, BA if ONE else num_a, BA):
-        i = start + tl.arange(0, BA)
-        a_mask = i < num_a
-        token_a = source_token(i, a_mask, p_split_a, prefix, width, LISTED)
-        key_a, inverse_a = _refined_key(
-            p_key, p_delta, p_down, p_up, p_mask, stride_key_h, stride_key_n, stride_key_c, stride_delta_n, stride_delta_c,
-            stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_n, stride_mask_h, token_a, a_mask, channels,
-            heads, hidden, scale, BC, BH, REFINED, MASKED, DELTA, COSINE, RAW, SPLIT,
+    if ONE:
+        a_mask, token_a, i_best, size_a = _match_block(
+            0, p_key, p_size, p_delta, p_down, p_up, p_mask, p_split_a, p_match, p_second, p_mid,
+            stride_key_h, stride_key_n, stride_key_c, stride_size_n, stride_delta_n, stride_delta_c,
+            stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_n, stride_mask_h,
+            key_b, inverse_b, num_a, num_b, prefix, width, channels, heads, hidden, scale, part == 0, part == 0,
+            BA, BC, BH, LISTED, SIZED, REFINED, MASKED, DELTA, COSINE, RAW, SPLIT,
         )  # fmt: skip
-        best, i_best, second, i_second = top_two(_scores(key_a, inverse_a, key_b, inverse_b, COSINE, SPLIT), num_b)
-        i_second = second_column(second, i_second, i_best)
-        if part == 0:
-            tl.store(p_second + b * num_a + i, (prefix + i_second).to(tl.int64), mask=a_mask)
-            tl.store(p_mid + b * num_a + i, (best + second) / 2, mask=a_mask)
-        if part == 0 or not ONE:  # the parts of an image write the same values
-            tl.store(p_match + i, (prefix + i_best).to(tl.int64), mask=a_mask)
-        size_a = _row_sizes(p_size, stride_size_n, token_a, a_mask, SIZED)
         n += tl.sum(tl.where(i_best[None, :] == j[:, None], size_a[None, :], 0.0), axis=1)
+    else:
+        for start in range(0, num_a, BA):  # the parts of an image write the same match
+            _, _, i_best, size_a = _match_block(
+                start, p_key, p_size, p_delta, p_down, p_up, p_mask, p_split_a, p_match, p_second, p_mid,
+                stride_key_h, stride_key_n, stride_key_c, stride_size_n, stride_delta_n, stride_delta_c,
+                stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_n, stride_mask_h,
+                key_b, inverse_b, num_a, num_b, prefix, width, channels, heads, hidden, scale, True, part == 0,
+                BA, BC, BH, LISTED, SIZED, REFINED, MASKED, DELTA, COSINE, RAW, SPLIT,
+            )  # fmt: skip
+            n += tl.sum(tl.where(i_best[None, :] == j[:, None], size_a[None, :], 0.0), axis=1)
     if part == 0:
         tl.store(p_merged_size + b * merged + prefix + j, n, mask=b_mask)
         for start in range(0, prefix, 16):
@@ -208,70 +240,49 @@ def merge_short(
 
 
 @triton.jit
-def _finish_rows(
-    unit_grad, refined, inverse, p_key, p_down, p_up, p_mask, p_grad_refined, p_grad_key,
-    stride_key_h, stride_key_n, stride_key_c, stride_down_h, stride_down_c, stride_up_c, stride_up_h,
-    stride_mask_n, stride_mask_h, tokens, row_mask, channels, heads, hidden, scale, down_grad, up_grad,
-    BC: tl.constexpr, BH: tl.constexpr, REFINED: tl.constexpr, MASKED: tl.constexpr, COSINE: tl.constexpr,
-    NEED_WEIGHTS: tl.constexpr, NEED_REFINED: tl.constexpr, NEED_KEY: tl.constexpr, SPLIT: tl.constexpr,
+def _key_rows(
+    p_key, p_prepared, stride_key_n, stride_key_c, tokens, rows, channels, TRANSPOSED: tl.constexpr, mask,
+    BC: tl.constexpr, RAW: tl.constexpr,
 ):  # fmt: skip
-    """From dk̂ of some rows: dk' and its outputs, and what they add to dW_downᵀ and dW_up, both (C, h)."""
-    c = tl.arange(0, BC)
-    mask = row_mask[:, None] & (c < channels)[None, :]
-    if COSINE:
-        unit = refined.to(tl.float32) * inverse[:, None]
-        # A norm at its floor is a constant, and nothing flows through it.
-        along = tl.where(inverse < 1e12, tl.sum(unit * unit_grad, axis=1), 0.0)
-        grad = (unit_grad - unit * along[:, None]) * inverse[:, None]
+    """k' of some rows [rows, C], or [C, rows]: from where the program put it, or the 16-bit key itself."""
+    c = tl.arange(0, BC).to(tl.int64)
+    if RAW:
+        row_at = tokens * stride_key_n
+        column_at = c * stride_key_c
+        base = p_key
     else:
-        grad = unit_grad
-    at = tokens[:, None] * channels + c[None, :]
-    if NEED_REFINED:
-        store(p_grad_refined + at, grad, mask)
-    if REFINED and (NEED_WEIGHTS or NEED_KEY):
-        h = tl.arange(0, BH)
-        key = load_key(p_key, stride_key_h, stride_key_n, stride_key_c, heads, tokens, row_mask, c, channels, False)
-        pre, keep, units = _hidden_units(
-            key, p_down, p_mask, stride_down_h, stride_down_c, stride_mask_n, stride_mask_h, tokens, row_mask, c, channels, h,
-            hidden, MASKED, SPLIT,
-        )  # fmt: skip
-        up = load_matrix(p_up, c, channels, stride_up_c, h, hidden, stride_up_h, False)  # [BC, BH]
-        scaled = grad * scale
-        through = exact_dot(scaled, up, tl.zeros((tokens.shape[0], BH), tl.float32), SPLIT)
-        if MASKED:
-            through = through * keep
-        through = tl.where(pre > 0, through, 0.0)
-        if NEED_WEIGHTS:
-            down_grad = exact_dot(tl.trans(key), through, down_grad, SPLIT)
-            up_grad = exact_dot(tl.trans(scaled), units, up_grad, SPLIT)
-        if NEED_KEY:
-            down = load_matrix(p_down, h, hidden, stride_down_h, c, channels, stride_down_c, False)  # [BH, BC]
-            grad = exact_dot(through, down, grad, SPLIT)
-    if NEED_KEY:
-        store(p_grad_key + at, grad / heads, mask)
-    return down_grad, up_grad
+        row_at = rows.to(tl.int64) * channels
+        column_at = c
+        base = p_prepared
+    if TRANSPOSED:
+        return tl.load(base + row_at[None, :] + column_at[:, None], mask=mask[None, :] & (c < channels)[:, None], other=0.0)
+    else:
+        return tl.load(base + row_at[:, None] + column_at[None, :], mask=mask[:, None] & (c < channels)[None, :], other=0.0)
 
 
 @triton.jit
 def backward_short(
     p_grad, p_grad_size, p_x, p_key, p_size, p_down, p_up, p_mask, p_delta, p_split_a, p_split_b, p_tokens, p_merged_size,
-    p_match, p_second, p_mid, p_grad_x, p_grad_in_size, p_grad_refined, p_grad_key, p_partial,
+    p_match, p_second, p_mid, p_grad_x, p_grad_in_size, p_grad_refined, p_grad_key, p_prepared, p_inverse, p_unit_grad,
     stride_grad_b, stride_grad_e, stride_grad_d, stride_gs_b, stride_gs_e, stride_x_b, stride_x_n, stride_x_d,
-    stride_key_b, stride_key_h, stride_key_n, stride_key_c, stride_size_b, stride_size_n, stride_tok_b, stride_tok_e, stride_tok_d,
+    stride_key_b, stride_key_h, stride_key_n, stride_key_c, stride_size_b, stride_size_n,
+    stride_tok_b, stride_tok_e, stride_tok_d,
     stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_b, stride_mask_n, stride_mask_h,
     stride_delta_b, stride_delta_n, stride_delta_c,
     num_a, num_b, prefix, width, dim, channels, heads, hidden, scale_high, scale_low, spread_programs,
     BA: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
-    BS: tl.constexpr, LISTED: tl.constexpr, SIZED: tl.constexpr, GRAD_SIZE: tl.constexpr, REFINED: tl.constexpr,
-    MASKED: tl.constexpr, DELTA: tl.constexpr, COSINE: tl.constexpr, RAW: tl.constexpr, SPLIT: tl.constexpr,
-    NEED_X: tl.constexpr, NEED_SIZE: tl.constexpr, NEED_WEIGHTS: tl.constexpr, NEED_REFINED: tl.constexpr,
-    NEED_KEY: tl.constexpr,
+    BS: tl.constexpr, BK: tl.constexpr, LISTED: tl.constexpr, SIZED: tl.constexpr, GRAD_SIZE: tl.constexpr,
+    REFINED: tl.constexpr, MASKED: tl.constexpr, DELTA: tl.constexpr, COSINE: tl.constexpr, RAW: tl.constexpr,
+    SPLIT: tl.constexpr, NEED_X: tl.constexpr, NEED_SIZE: tl.constexpr, NEED_REFINED: tl.constexpr, NEED_KEY: tl.constexpr,
 ):  # fmt: skip
-    """Of an image's 1 + ``spread_programs`` programs the first does the key path, the others dx and dsize.
+    """Of an image's 1 + ``spread_programs`` programs the first does the key path down to dk', the others dx and dsize.
 
-    Neighbours in the launch share G, x and y of their image through the L2 cache.
+    Neighbours in the launch share G, x and y of their image through the L2 cache. The key path goes through memory of its own
+    (k', 1 / max(‖k'‖, ε), dk̂, then dk' over it: (N_A + N_B) × C, in the L2 cache) between its steps, so that the registers
+    hold one step at a time. What the refinement's weights get is left to ``weight_partials``.
     """
     merged = prefix + num_b
+    rows = num_a + num_b
     b = (tl.program_id(0) // (1 + spread_programs)).to(tl.int64)
     role = tl.program_id(0) % (1 + spread_programs)
     if role > 0:
@@ -291,28 +302,39 @@ def backward_short(
         p_tokens += b * stride_tok_b
         p_mask += b * stride_mask_b
         p_delta += b * stride_delta_b
+        p_match += b * num_a
+        p_second += b * num_a
+        p_mid += b * num_a
         p_grad_refined += b * tokens_in * channels
         p_grad_key += b * tokens_in * channels
-
+        p_prepared += b * rows * channels
+        p_unit_grad += b * rows * channels
+        p_inverse += b * rows
         c = tl.arange(0, BC)
+        c_mask = c < channels
+
+        # 1. k' of all rows
+        if COSINE or not RAW:
+            for start in range(0, rows, BK):
+                r = start + tl.arange(0, BK)
+                row_mask = r < rows
+                token = row_token(r, num_a, rows, p_split_a, p_split_b, prefix, width, LISTED)
+                refined, inverse = _refined_key(
+                    p_key, p_delta, p_down, p_up, p_mask, stride_key_h, stride_key_n, stride_key_c, stride_delta_n,
+                    stride_delta_c, stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_n, stride_mask_h,
+                    token, row_mask, channels, heads, hidden, scale, BC, BH, REFINED, MASKED, DELTA, COSINE, RAW, SPLIT,
+                )  # fmt: skip
+                if not RAW:
+                    tl.store(p_prepared + r[:, None] * channels + c[None, :], refined, mask=row_mask[:, None] & c_mask[None, :])
+                if COSINE:
+                    tl.store(p_inverse + r, inverse, mask=row_mask)
+            tl.debug_barrier()
+
+        # 2. dk̂: all destinations against one block of sources after the other
         j = tl.arange(0, BB)
         b_mask = j < num_b
         e = (prefix + j).to(tl.int64)
         token_b = destination_token(j, b_mask, p_split_b, prefix, width, LISTED)
-        key_b, inverse_b = _refined_key(
-            p_key, p_delta, p_down, p_up, p_mask, stride_key_h, stride_key_n, stride_key_c, stride_delta_n, stride_delta_c,
-            stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_n, stride_mask_h, token_b, b_mask, channels,
-            heads, hidden, scale, BC, BH, REFINED, MASKED, DELTA, COSINE, RAW, SPLIT,
-        )  # fmt: skip
-        n = tl.load(p_merged_size + b * merged + e, mask=b_mask, other=1.0).to(tl.float32)
-        if GRAD_SIZE:
-            gamma = tl.load(p_grad_size + b * stride_gs_b + e * stride_gs_e, mask=b_mask, other=0.0).to(tl.float32)
-        else:
-            gamma = tl.zeros((BB,), tl.float32)
-        unit_grad_b = tl.zeros((BB, BC), tl.float32)
-        down_grad = tl.zeros((BC, BH), tl.float32)
-        up_grad = tl.zeros((BC, BH), tl.float32)
-
         for start in range(0, num_a, BA):
             i = start + tl.arange(0, BA)
             a_mask = i < num_a
@@ -323,59 +345,78 @@ def backward_short(
                 d = (d_start + tl.arange(0, BD)).to(tl.int64)
                 d_mask = d < dim
                 x = tl.load(
-                    p_x + token_a[:, None] * stride_x_n + d[None, :] * stride_x_d, mask=a_mask[:, None] & d_mask[None, :], other=0.0
-                )
+                    p_x + token_a[:, None] * stride_x_n + d[None, :] * stride_x_d,
+                    mask=a_mask[:, None] & d_mask[None, :], other=0.0,
+                )  # fmt: skip
                 mask = b_mask[:, None] & d_mask[None, :]
                 grad = tl.load(p_grad + e[:, None] * stride_grad_e + d[None, :] * stride_grad_d, mask=mask, other=0.0)
                 y = tl.load(p_tokens + e[:, None] * stride_tok_e + d[None, :] * stride_tok_d, mask=mask, other=0.0)
                 dot += tl.sum(grad.to(tl.float32) * y.to(tl.float32), axis=1)
                 grad_m = exact_dot(x, tl.trans(grad), grad_m, SPLIT)
-            grad_m = (grad_m - dot[None, :]) / n[None, :] + gamma[None, :]
+            n = tl.load(p_merged_size + b * merged + e, mask=b_mask, other=1.0).to(tl.float32)
+            if GRAD_SIZE:
+                gamma = tl.load(p_grad_size + b * stride_gs_b + e * stride_gs_e, mask=b_mask, other=0.0).to(tl.float32)
+                grad_m = (grad_m - dot[None, :]) / n[None, :] + gamma[None, :]
+            else:
+                grad_m = (grad_m - dot[None, :]) / n[None, :]
             if SIZED:
                 grad_m = grad_m * _row_sizes(p_size, stride_size_n, token_a, a_mask, SIZED)[:, None]
 
-            key_a, inverse_a = _refined_key(
-                p_key, p_delta, p_down, p_up, p_mask, stride_key_h, stride_key_n, stride_key_c, stride_delta_n, stride_delta_c,
-                stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_n, stride_mask_h, token_a, a_mask, channels,
-                heads, hidden, scale, BC, BH, REFINED, MASKED, DELTA, COSINE, RAW, SPLIT,
-            )  # fmt: skip
-            scores = _scores(key_a, inverse_a, key_b, inverse_b, COSINE, SPLIT)
-            mid = tl.load(p_mid + b * num_a + i, mask=a_mask, other=0.0)
+            key_a = _key_rows(p_key, p_prepared, stride_key_n, stride_key_c, token_a, i, channels, True, a_mask, BC, RAW)
+            key_b = _key_rows(p_key, p_prepared, stride_key_n, stride_key_c, token_b, num_a + j, channels, True, b_mask, BC, RAW)
+            scores = exact_dot(tl.trans(key_a), key_b, tl.zeros((BA, BB), tl.float32), SPLIT)
+            if COSINE:
+                inverse_a = tl.load(p_inverse + i, mask=a_mask, other=1.0)
+                inverse_b = tl.load(p_inverse + num_a + j, mask=b_mask, other=1.0)
+                scores = scores * inverse_a[:, None] * inverse_b[None, :]
+            mid = tl.load(p_mid + i, mask=a_mask, other=0.0)
             grad_s = tl.where(a_mask[:, None] & b_mask[None, :], grad_m * soft_slope(scores, mid[:, None]), 0.0)
             # The mean of the two best takes half of the row's sum from each of them.
             share = tl.sum(grad_s, axis=1) / 2
-            best = tl.load(p_match + b * num_a + i, mask=a_mask, other=0).to(tl.int32) - prefix
-            second = tl.load(p_second + b * num_a + i, mask=a_mask, other=0).to(tl.int32) - prefix
+            best = tl.load(p_match + i, mask=a_mask, other=0).to(tl.int32) - prefix
+            second = tl.load(p_second + i, mask=a_mask, other=0).to(tl.int32) - prefix
             is_two = (best[:, None] == j[None, :]) | (second[:, None] == j[None, :])
             grad_s = tl.where(is_two, grad_s - share[:, None], grad_s)
 
-            unit_grad_a = exact_dot(grad_s * inverse_b[None, :], key_b, tl.zeros((BA, BC), tl.float32), SPLIT)
-            unit_grad_b = exact_dot(tl.trans(grad_s * inverse_a[:, None]), key_a, unit_grad_b, SPLIT)
-            down_grad, up_grad = _finish_rows(
-                unit_grad_a, key_a, inverse_a, p_key, p_down, p_up, p_mask, p_grad_refined, p_grad_key,
-                stride_key_h, stride_key_n, stride_key_c, stride_down_h, stride_down_c, stride_up_c, stride_up_h,
-                stride_mask_n, stride_mask_h, token_a, a_mask, channels, heads, hidden, scale, down_grad, up_grad,
-                BC, BH, REFINED, MASKED, COSINE, NEED_WEIGHTS, NEED_REFINED, NEED_KEY, SPLIT,
-            )  # fmt: skip
-        down_grad, up_grad = _finish_rows(
-            unit_grad_b, key_b, inverse_b, p_key, p_down, p_up, p_mask, p_grad_refined, p_grad_key,
-            stride_key_h, stride_key_n, stride_key_c, stride_down_h, stride_down_c, stride_up_c, stride_up_h,
-            stride_mask_n, stride_mask_h, token_b, b_mask, channels, heads, hidden, scale, down_grad, up_grad,
-            BC, BH, REFINED, MASKED, COSINE, NEED_WEIGHTS, NEED_REFINED, NEED_KEY, SPLIT,
-        )  # fmt: skip
+            # Transposed products: ds as the right factor comes from shared memory, as the left one it would fill registers.
+            to_a, to_b = grad_s, grad_s
+            if COSINE:
+                to_a, to_b = grad_s * inverse_b[None, :], grad_s * inverse_a[:, None]
+            unit_grad = exact_dot(key_b, tl.trans(to_a), tl.zeros((BC, BA), tl.float32), SPLIT)
+            tl.store(p_unit_grad + i[None, :] * channels + c[:, None], unit_grad, mask=a_mask[None, :] & c_mask[:, None])
+            at = p_unit_grad + (num_a + j)[None, :] * channels + c[:, None]
+            mask = b_mask[None, :] & c_mask[:, None]
+            unit_grad = tl.load(at, mask=mask & (start > 0), other=0.0)  # what the blocks before this one gave
+            tl.store(at, exact_dot(key_a, to_b, unit_grad, SPLIT), mask=mask)
+            tl.debug_barrier()
 
+        # 3. dk' = (dk̂ − k̂ (k̂ · dk̂)) / ‖k'‖
+        for start in range(0, rows, BK):
+            r = start + tl.arange(0, BK)
+            row_mask = r < rows
+            token = row_token(r, num_a, rows, p_split_a, p_split_b, prefix, width, LISTED)
+            mask = row_mask[:, None] & c_mask[None, :]
+            at = r[:, None] * channels + c[None, :]
+            grad = tl.load(p_unit_grad + at, mask=mask, other=0.0)
+            if COSINE:
+                key = _key_rows(p_key, p_prepared, stride_key_n, stride_key_c, token, r, channels, False, row_mask, BC, RAW)
+                inverse = tl.load(p_inverse + r, mask=row_mask, other=1.0)
+                unit = key.to(tl.float32) * inverse[:, None]
+                # A norm at its floor is a constant, and nothing flows through it.
+                along = tl.where(inverse < 1e12, tl.sum(unit * grad, axis=1), 0.0)
+                grad = (grad - unit * along[:, None]) * inverse[:, None]
+                tl.store(p_unit_grad + at, grad, mask=mask)
+            out = token[:, None] * channels + c[None, :]
+            if NEED_REFINED:
+                store(p_grad_refined + out, grad, mask)
+            if NEED_KEY:
+                store(p_grad_key + out, grad / heads, mask)
         if NEED_REFINED or NEED_KEY:  # a prefix token has no say in the matching
             for start in range(0, prefix, 16):
                 token = start + tl.arange(0, 16)
                 at = token.to(tl.int64)[:, None] * channels + c[None, :]
-                mask = (token < prefix)[:, None] & (c < channels)[None, :]
+                mask = (token < prefix)[:, None] & c_mask[None, :]
                 if NEED_REFINED:
                     store(p_grad_refined + at, tl.zeros((16, BC), tl.float32), mask)
                 if NEED_KEY:
                     store(p_grad_key + at, tl.zeros((16, BC), tl.float32), mask)
-        if NEED_WEIGHTS:
-            h = tl.arange(0, BH)
-            mask = (c < channels)[:, None] & (h < hidden)[None, :]
-            at = b * 2 * channels * hidden + c[:, None] * hidden + h[None, :]
-            tl.store(p_partial + at, down_grad, mask=mask)
-            tl.store(p_partial + at + channels * hidden, up_grad, mask=mask)
