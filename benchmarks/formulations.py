@@ -136,7 +136,10 @@ class _StraightThrough(torch.autograd.Function):
         row = (origin + torch.arange(batch, device=x.device)[:, None] * g.shape[1]).flatten()
         grad_x = g.reshape(-1, g.shape[-1]).index_select(0, row).view(x.shape)
 
-        d_matching = (x.index_select(1, a) @ g[:, p:].mT).to(dtype) + g_size[:, p:].mT  # [B, N_A, N_B]
+        # PyTorch's float16 product on a CPU takes several times as long as float32's; bfloat16's takes half as long.
+        operand = dtype if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
+        d_matching = x.index_select(1, a).to(operand) @ g[:, p:].to(operand).mT  # [B, N_A, N_B]
+        d_matching = d_matching.to(dtype) + g_size[:, p:].mT
         d_scores = d_matching * soft * (1 - soft)
         column = torch.arange(b.numel(), device=x.device)
         top_two = (column == best) | (column == second)

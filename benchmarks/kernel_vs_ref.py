@@ -13,6 +13,7 @@ import gc
 import itertools
 import json
 import math
+import shlex
 import sys
 import time
 import warnings
@@ -592,7 +593,8 @@ def main(argv: list[str] | None = None) -> int:
     names, complaints = choose_backends(options.backends, options.device)
     for complaint in complaints:
         print(complaint, file=sys.stderr)
-    context = {**timing.provenance(options.device), "malloc": options.malloc}
+    command = shlex.join(["python", "benchmarks/kernel_vs_ref.py", *(sys.argv[1:] if argv is None else argv)])
+    context = {**timing.provenance(options.device, command), "malloc": options.malloc}
     if context["dirty"]:
         print("note: the working tree has changes that are not committed; the rows say so", file=sys.stderr)
 

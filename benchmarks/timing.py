@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import datetime
-import gc
 import importlib
 import os
 import platform
 import re
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -170,7 +168,6 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
     On the CPU: the high-water mark of the resident set, reset before the call; exact to some hundred KB. None where the
     system doesn't tell. On CUDA: what PyTorch's allocator counts.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -230,7 +227,7 @@ def _native_isa() -> str | None:
         return None
 
 
-def provenance(device: torch.device) -> dict[str, object]:
+def provenance(device: torch.device, command: str) -> dict[str, object]:
     """Which code, machine and versions the numbers of this run belong to."""
     import fpet_kernels
 
@@ -240,7 +237,7 @@ def provenance(device: torch.device) -> dict[str, object]:
         "commit": _run("git", "rev-parse", "HEAD"),
         "dirty": None if changed is None else bool(changed),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": command,
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
