@@ -181,7 +181,7 @@ class Problem:
             leaf.requires_grad_(wanted)
 
     def bytes_moved(self, backward: bool) -> int:
-        """Bytes that must be read or written, each once (DESIGN: key, x, out; and behind them G, x, y, key in, dx, dk' out).
+        """Bytes that must be read or written, each once: key, x, out; for the backward also G, x, y, key in and dx, dk' out.
 
         With no refinement there is no gradient at the key: the backward reads G and writes dx.
         """

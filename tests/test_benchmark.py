@@ -71,7 +71,7 @@ def test_input_is_real_strided_and_different_in_every_image(base):
     torch.testing.assert_close(x[:1], behind_attention)
 
 
-def test_bytes_are_those_of_the_design():
+def test_bytes_of_an_averaged_key():
     case = cases.CASES["vitb16_224"]
     merged, n, d, c = case.num_merged, case.num_tokens, case.dim, case.channels
     assert (merged, n, d, c) == (99, 197, 768, 64)
