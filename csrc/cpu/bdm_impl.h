@@ -156,15 +156,43 @@ inline int64_t position(const Problem& p, const Shared<T>& s, int64_t row) {
   return row < p.num_a ? s.pos_a[row] : s.pos_b[row - p.num_a];
 }
 
+// Σ over heads of contiguous keys, `head` elements apart, and divided by their number.
+template <class S>
+void average_heads(Compute<S>* out, const S* key, int64_t head, int64_t heads, int64_t channels) {
+  using T = Compute<S>;
+  constexpr int lanes = kLanes<T>;
+  int64_t c = 0;
+  for (; c + lanes <= channels; c += lanes) {
+    Vec<T> sum = load(key + c);
+    for (int64_t h = 1; h < heads; ++h) sum += load(key + h * head + c);
+    store(out + c, sum / T(heads));
+  }
+  for (; c < channels; ++c) {
+    T sum = to_compute(key[c]);
+    for (int64_t h = 1; h < heads; ++h) sum += to_compute(key[h * head + c]);
+    out[c] = sum / T(heads);
+  }
+}
+
 // The key of token n, averaged over heads, zero-padded to cp.
 template <class T>
 void read_key(T* out, T* row, const Problem& p, int64_t cp, int64_t image, int64_t n) {
   constexpr int lanes = kLanes<T>;
   const View& v = p.key;
   int64_t offset = image * v.stride[0] + n * v.stride[2];
+  for (int64_t c = p.channels; c < cp; ++c) out[c] = 0;
+  if (v.stride[3] == 1 && p.heads > 1) {
+    if constexpr (sizeof(T) == 4) {
+      if (v.dtype == DType::f32) return average_heads(out, (const float*)v.data + offset, v.stride[1], p.heads, p.channels);
+      if (v.dtype == DType::bf16) return average_heads(out, (const bf16*)v.data + offset, v.stride[1], p.heads, p.channels);
+      if (v.dtype == DType::f16) return average_heads(out, (const f16*)v.data + offset, v.stride[1], p.heads, p.channels);
+    } else {
+      if (v.dtype == DType::f64) return average_heads(out, (const double*)v.data + offset, v.stride[1], p.heads, p.channels);
+    }
+  }
   read_any(out, v, offset, v.stride[3], p.channels);
-  for (int64_t c = p.channels; c < cp; ++c) out[c] = row[c] = 0;
   if (p.heads == 1) return;
+  for (int64_t c = p.channels; c < cp; ++c) row[c] = 0;
   for (int64_t h = 1; h < p.heads; ++h) {
     offset += v.stride[1];
     read_any(row, v, offset, v.stride[3], p.channels);
