@@ -1,8 +1,9 @@
 """How many tokens the published rule ``σ(s − m) > 0.5`` deletes: ``python benchmarks/lost_tokens.py``.
 
 Where the two best scores of a source round to the same value, their mean m equals both, no σ(s − m) exceeds one half, and
-the source is matched with nothing: its token is gone. Half precision makes that common; here it is counted on the keys that a ViT under autocast computes for a noise image, a flat image and a photograph.
-``bdm_merge`` gets the same keys: whatever the dtype, every source must arrive somewhere.
+the source is matched with nothing: its token is gone. Half precision makes that common; here it is counted on the keys that
+a ViT under autocast computes for a noise image, a flat image and a photograph. ``bdm_merge`` gets the same keys: whatever the
+dtype, every source must arrive somewhere.
 """
 
 from __future__ import annotations
