@@ -17,8 +17,6 @@ __all__ = ["add_adapters", "fold", "remove_adapters", "transformer_blocks"]
 
 _Update = tuple[Any, Tensor, Tensor | None]  # a layer, its new weight, its new bias, in float64
 
-_FOLDABLE = ("lora", "bi-lora", "repadapter", "ssf", "fact-tt")
-
 
 def add_adapters(
     model: nn.Module,
@@ -102,9 +100,9 @@ def fold(model: nn.Module) -> nn.Module:
             as it was.
     """
     config = getattr(model, "adapter_config", None)
-    if config is None or config.method not in _FOLDABLE:
+    if config is None or config.method not in _FOLD:
         got = "no adapters" if config is None else repr(config.method)
-        raise ValueError(f"model: expected adapters of one of {', '.join(_FOLDABLE)}, which are linear, got {got}")
+        raise ValueError(f"model: expected adapters of one of {', '.join(_FOLD)}, which are linear, got {got}")
     updates: list[_Update] = []
     for block in transformer_blocks(model):
         updates += _FOLD[config.method](block)
