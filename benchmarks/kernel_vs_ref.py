@@ -590,6 +590,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.device.index is not None and options.device.type == "cuda":
+        torch.cuda.set_device(options.device)  # events and graphs belong to the current device
     names, complaints = choose_backends(options.backends, options.device)
     for complaint in complaints:
         print(complaint, file=sys.stderr)
