@@ -35,9 +35,10 @@ class MergeStep(NamedTuple):
         """Merges (B, N, D) ``x`` by (B, heads, N, C) ``key``; ``refinement`` is the block's KeyRefinement or None."""
         batch, n = x.shape[:2]
         weights = None if refinement is None else refinement.weights(batch, n)
+        grid = self.split.grid  # where there is one the kernels need no lists, and tracing no constants
         merged = bdm_merge(
-            x, key, split=self.split, num_prefix_tokens=n - self.split.num_tokens, size=self.size, refinement=weights,
-            similarity=self.similarity, backend=self.backend,
+            x, key, grid_size=grid, split=None if grid else self.split, num_prefix_tokens=n - self.split.num_tokens,
+            size=self.size, refinement=weights, similarity=self.similarity, backend=self.backend,
         )  # fmt: skip
         learned = weights is not None and (weights.w_down.requires_grad or weights.w_up.requires_grad)
         if learned or (self.size is not None and self.size.requires_grad):

@@ -287,7 +287,19 @@ def test_tables_made_in_any_mode_serve_all_others() -> None:
 def test_inference_compiles_without_a_graph_break(name: str) -> None:
     model = fpet.apply(build(name, depth=3), layer=(0, 1))
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(images()), model(images()))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for batch in (2, 3):
+        torch.testing.assert_close(compiled(images(batch)), model(images(batch)))
+
+
+@torch.no_grad()
+def test_dynamic_image_sizes_compile() -> None:
+    model = fpet.apply(build(depth=2, dynamic_img_size=True), layer=0)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for height, width in ((32, 32), (40, 56)):
+        image = torch.randn(2, 3, height, width)
+        torch.testing.assert_close(compiled(image), model(image))
 
 
 def test_training_compiles_without_a_graph_break() -> None:
