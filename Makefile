@@ -38,7 +38,7 @@ setup: $(READY)
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) must be 3.10 or later: make PYTHON=…"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "make: venv is missing: apt install python3-venv"; exit 1; }
-	$(VENV)/bin/python -m pip install --quiet torch torchvision timm triton 'setuptools>=77' 'cmake>=3.22' ninja 'pybind11>=2.12'
+	$(VENV)/bin/python -m pip install --quiet torch torchvision timm triton 'setuptools>=77' 'cmake>=3.20' ninja 'pybind11>=2.12'
 	@touch $@
 
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml $(NATIVE) $(wildcard python/fpet/__init__.py)
