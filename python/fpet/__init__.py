@@ -10,6 +10,7 @@ from .models import MergeConfig, MergedFeatures, merged_features
 from .patch import apply, merged, remove
 from .refinement import KeyRefinement
 from .saving import import_authors, import_petl_vit, load, save
+from .visualize import Visualization, visualize
 
 __all__ = [
     "AdapterConfig",
@@ -17,6 +18,7 @@ __all__ = [
     "MergeConfig",
     "MergedFeatures",
     "ParameterCount",
+    "Visualization",
     "add_adapters",
     "apply",
     "count_parameters",
@@ -30,4 +32,5 @@ __all__ = [
     "remove",
     "remove_adapters",
     "save",
+    "visualize",
 ]
