@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .reference import compute_dtype
 
 __all__ = ["BDMMerge", "BDMMergeTransformed", "BDMUnmerge"]
 
@@ -52,26 +53,45 @@ def _merge(
     cosine: bool,
     detach_key: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return backends.forward_op(backend)(
-        x, key, size, w_down, w_up, dropout_mask, key_delta, split_a, split_b, grid_h, grid_w, num_prefix_tokens, scale, cosine
-    )
+) -> tuple[Tensor, ...]:
+    kept_key = key
+    if key.dim() == 4 and _saves_mean(key, w_down, w_up, key_delta, detach_key, backend):
+        wide = compute_dtype(x, key, size, w_down, w_up, key_delta) == torch.float64
+        kept_key = torch.ops.fpet.average_heads(key, wide)
+    outputs = backends.forward_op(backend)(
+        x, kept_key, size, w_down, w_up, dropout_mask, key_delta, split_a, split_b, grid_h, grid_w, num_prefix_tokens, scale,
+        cosine,
+    )  # fmt: skip
+    return outputs if kept_key is key else (*outputs, kept_key)
+
+
+def _saves_mean(
+    key: Tensor, w_down: Tensor | None, w_up: Tensor | None, key_delta: Tensor | None, detach_key: bool, backend: str
+) -> bool:
+    """Whether the backward will want the key: then its mean, a heads-th of it, is formed once, kept, and read instead."""
+    if backend != "cpu":
+        return False
+    learned = (key_delta, w_down, w_up) if detach_key else (key, key_delta, w_down, w_up)
+    return any(t is not None and t.requires_grad for t in learned)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     tensors, ctx.problem, ctx.detach_key, ctx.backend = inputs[:9], inputs[9:14], inputs[14], inputs[15]
+    ctx.heads, ctx.key_dtype = inputs[1].shape[1] if inputs[1].dim() == 4 else 0, inputs[1].dtype
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*tensors, *output)
+    if len(output) == 6:
+        tensors = (tensors[0], output[5], *tensors[2:])
+    ctx.save_for_backward(*tensors, *output[:5])
 
 
 class BDMMerge(torch.autograd.Function):
-    """tokens, size, match, second, mid = BDMMerge.apply(...); the mathematics is in docs/mathematics.md.
+    """tokens, size, match, second, mid[, mean key] = BDMMerge.apply(...); the mathematics is in docs/mathematics.md.
 
     Gradients reach x, size, the refinement's two weights and key_delta, and the key itself unless it is detached.
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         output = _merge(*inputs)
         _keep(ctx, inputs, output)
         return output
@@ -88,8 +108,10 @@ class BDMMerge(torch.autograd.Function):
                 need_x, need_size, need_down or need_up, need_delta, need_key,
             )  # fmt: skip
         grad_x, grad_in_size, grad_down, grad_up, grad_delta, grad_key = _once("bdm_merge", results, (grad_tokens, grad_size))
-        if need_key and key.dim() == 4:
-            grad_key = grad_key.unsqueeze(1).expand_as(key)
+        if need_key and ctx.heads:
+            if key.dim() == 3:  # the gradient of the mean
+                grad_key = (grad_key / ctx.heads).to(ctx.key_dtype)
+            grad_key = grad_key.unsqueeze(1).expand(-1, ctx.heads, -1, -1)
         return (
             grad_x if need_x else None,
             grad_key if need_key else None,

@@ -134,7 +134,7 @@ def bdm_merge(
         or (w_down is not None and (w_down.requires_grad or w_up.requires_grad))
     ):
         function = BDMMergeTransformed if torch._C._are_functorch_transforms_active() else BDMMerge
-        tokens, merged_size, match, _, _ = function.apply(*args, detach_key, name)
+        tokens, merged_size, match = function.apply(*args, detach_key, name)[:3]
     else:
         tokens, merged_size, match, _, _ = backends.forward_op(name)(*args)
     return Merged(tokens, merged_size, match)

@@ -45,6 +45,8 @@ UNMERGE_ARGS = "Tensor tokens, Tensor match, Tensor? split_a, Tensor? split_b, S
 LIBRARY = Library("fpet", "DEF")
 LIBRARY.define(f"bdm_forward({FORWARD_ARGS}) -> {FORWARD_RETURNS}", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.define(f"bdm_backward({BACKWARD_ARGS}) -> {BACKWARD_RETURNS}", tags=(torch.Tag.pt2_compliant_tag,))
+# (B, heads, N, C) -> (B, N, C) in the precision of scores: float32, or float64 where `wide` or the key is float64.
+LIBRARY.define("average_heads(Tensor key, bool wide) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.define(f"bdm_unmerge({UNMERGE_ARGS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 # The gradient of unmerge: every merged token sums the gradients of the positions it was given back to.
 LIBRARY.define(f"bdm_unmerge_backward(Tensor grad, {UNMERGE_ARGS[len('Tensor tokens, ') :]}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -102,6 +104,11 @@ def backward_outputs(
         ),
         x.new_empty((batch, n, channels) if need_key else none, dtype=key.dtype),
     )
+
+
+def _fake_average_heads(key, wide):  # type: ignore[no-untyped-def]
+    dtype = torch.float64 if wide else reference.compute_dtype(key)
+    return key.new_empty(key.shape[0], key.shape[2], key.shape[3], dtype=dtype)
 
 
 def _fake_unmerge(tokens, match, split_a, split_b, grid_h, grid_w, num_prefix_tokens):  # type: ignore[no-untyped-def]
@@ -170,6 +177,10 @@ def _backward(
     return tuple(results)
 
 
+def _average_heads(key, wide):  # type: ignore[no-untyped-def]
+    return reference.average_heads(key, torch.float64 if wide else reference.compute_dtype(key)).contiguous()
+
+
 def _unmerge(tokens, match, split_a, split_b, grid_h, grid_w, p):  # type: ignore[no-untyped-def]
     split = _split(split_a, split_b, grid_h, grid_w)
     return reference.bdm_unmerge_reference(tokens, match, split=split, num_prefix_tokens=p)
@@ -186,6 +197,7 @@ def _unmerge_backward(grad, match, split_a, split_b, grid_h, grid_w, p):  # type
 for _name, _composite, _fake in (
     ("bdm_forward", _forward, forward_outputs),
     ("bdm_backward", _backward, backward_outputs),
+    ("average_heads", _average_heads, _fake_average_heads),
     ("bdm_unmerge", _unmerge, _fake_unmerge),
     ("bdm_unmerge_backward", _unmerge_backward, _fake_unmerge_backward),
 ):

@@ -308,6 +308,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {grad_x, grad_in_size, grad_down, grad_up, grad_refined, grad_key};
 }
 
+Tensor average_heads(const Tensor key, bool wide) {
+  STD_TORCH_CHECK(key.dim() == 4, "key: expected (B, heads, N, C), got ", key.dim(), " dimensions");
+  fpet::Problem p;
+  p.batch = key.size(0);
+  p.heads = key.size(1);
+  p.tokens = key.size(2);
+  p.channels = key.size(3);
+  p.key = view_of(key, "key", {p.batch, p.heads, p.tokens, p.channels});
+  p.wide_scores = wide || p.key.dtype == fpet::DType::f64;
+  STD_TORCH_CHECK(p.heads > 0, "key: expected at least one head");
+  Tensor mean = empty({p.batch, p.tokens, p.channels}, p.wide_scores ? ScalarType::Double : ScalarType::Float);
+  if (p.batch * p.tokens * p.channels > 0) {
+    const fpet::Parallel parallel = torch_threads();
+    const Workspace workspace(fpet::cpu_average_heads_workspace(p, parallel.threads));
+    fpet::cpu_average_heads(p, mean.mutable_data_ptr(), parallel, workspace.data);
+  }
+  return mean;
+}
+
 fpet::UnmergeProblem unmerge_problem(const Tensor& input, const char* name, const Tensor& match, const OptTensor& split_a,
                                      const OptTensor& split_b, int64_t grid_h, int64_t grid_w, int64_t prefix, bool merged_in) {
   STD_TORCH_CHECK(input.dim() == 3, name, ": expected 3 dimensions, got ", input.dim());
@@ -356,6 +375,7 @@ Tensor unmerge_backward(const Tensor grad, const Tensor match, const OptTensor s
 STABLE_TORCH_LIBRARY_IMPL(fpet, CPU, m) {
   m.impl("bdm_forward", TORCH_BOX(&forward));
   m.impl("bdm_backward", TORCH_BOX(&backward));
+  m.impl("average_heads", TORCH_BOX(&average_heads));
   m.impl("bdm_unmerge", TORCH_BOX(&unmerge));
   m.impl("bdm_unmerge_backward", TORCH_BOX(&unmerge_backward));
 }

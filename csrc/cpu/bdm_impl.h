@@ -129,6 +129,7 @@ struct Keys {
   T* a;        // (N_A, cp), backward only, like the next two
   T* norm;     // (N_A + N_B)
   T* hidden;   // (N_A + N_B, hp), after ReLU and dropout mask
+  T* mean;     // (N_A + N_B, cp), the key before refinement, where the weights' gradient needs it
 
   void plan(Arena& arena, const Problem& p, const Shared<T>& s, bool backward) {
     turned = arena.take<T>(round_up(backward ? p.num_b : p.num_a, s.panel_cols) * p.channels);
@@ -136,6 +137,7 @@ struct Keys {
     a = backward ? arena.take<T>(p.num_a * s.cp) : nullptr;
     norm = backward ? arena.take<T>(p.num_a + p.num_b) : nullptr;
     hidden = backward ? arena.take<T>((p.num_a + p.num_b) * s.hp) : nullptr;
+    mean = backward && p.hidden ? arena.take<T>((p.num_a + p.num_b) * s.cp) : nullptr;
   }
 };
 
@@ -254,6 +256,7 @@ void refine_keys(const Problem& p, const Shared<T>& s, const Keys<T>& keys, cons
       read_key(t.key + r * s.cp, t.row, p, s.cp, image, position(p, s, r0 + r));
       if (const char* fetch = ahead ? ahead->take(768) : nullptr) prefetch_lines(fetch, 12);
     }
+    if (keys.mean) memcpy(keys.mean + r0 * s.cp, t.key, size_t(rows * s.cp) * sizeof(T));
     if (p.hidden) {
       T* hidden = keys.hidden ? keys.hidden + r0 * s.hp : t.hidden;
       matmul(rows, s.hp, p.channels, t.key, s.cp, int64_t(1), s.down_t, s.hp, hidden, s.hp, false);
@@ -811,10 +814,8 @@ struct Backward {
           for (int64_t h = 0; h < p.hidden; ++h) grad_hidden[r * hp + h] *= task.key.row[h];
         }
       if (weights) {
-        for (int64_t r = 0; r < rows; ++r)
-          read_key(task.key.key + r * cp, task.key.row, p, cp, b, position(p, shared, begin + r));
         matmul(p.channels, hp, rows, task.grad, int64_t(1), cp, hidden, hp, part, hp, false);
-        matmul(p.hidden, cp, rows, grad_hidden, int64_t(1), hp, task.key.key, cp, part + p.channels * hp, cp, false);
+        matmul(p.hidden, cp, rows, grad_hidden, int64_t(1), hp, image.keys.mean + begin * cp, cp, part + p.channels * hp, cp, false);
       }
       if (out.key) matmul(rows, cp, p.hidden, grad_hidden, hp, int64_t(1), shared.down, cp, task.grad, cp, true);
     }
@@ -918,6 +919,34 @@ struct Backward {
     });
   }
 };
+
+// --- means over heads, for a backward that would else read every head again -------------------------------------------------------
+
+size_t average_heads_workspace(const Problem& p, int64_t threads) {
+  return size_t(threads * 2 * (p.channels + 64) * 8);
+}
+
+template <class T>
+void average_heads_of(const Problem& p, T* out, const Parallel& parallel, char* base) {
+  const int64_t cp = round_up(p.channels, kLanes<T>), rows = p.batch * p.tokens;
+  const int64_t threads = rows * p.heads * p.channels < kSerialWork ? 1 : parallel.threads;
+  run_ranges(parallel, rows, threads, [&](int64_t t, int64_t begin, int64_t end) {
+    T* row = (T*)(base + t * 2 * (p.channels + 64) * 8);
+    for (int64_t r = begin; r < end; ++r) {
+      if (r + kKeyAhead < end) prefetch_key(p, (r + kKeyAhead) / p.tokens, (r + kKeyAhead) % p.tokens);
+      read_key(row, row + cp, p, cp, r / p.tokens, r % p.tokens);
+      memcpy(out + r * p.channels, row, size_t(p.channels) * sizeof(T));
+    }
+  });
+}
+
+void average_heads(const Problem& p, void* out, const Parallel& parallel, void* workspace) {
+  if (p.wide_scores) {
+    average_heads_of(p, (double*)out, parallel, (char*)workspace);
+  } else {
+    average_heads_of(p, (float*)out, parallel, (char*)workspace);
+  }
+}
 
 // --- unmerge -------------------------------------------------------------------------------------------------------------------
 
@@ -1077,7 +1106,10 @@ void unmerge_backward(const UnmergeProblem& p, const Parallel& parallel, void* w
 
 // The only symbol of an instruction set that others see.
 extern const Kernels kKernels;
-const Kernels kKernels = {forward_workspace, backward_workspace, forward, backward, unmerge_any, unmerge_backward_workspace, unmerge_backward};
+const Kernels kKernels = {
+    forward_workspace, backward_workspace, forward, backward, average_heads_workspace, average_heads,
+    unmerge_any, unmerge_backward_workspace, unmerge_backward,
+};
 
 }  // namespace FPET_ISA
 }  // namespace fpet

@@ -82,6 +82,12 @@ void cpu_backward(const Problem& p, const BackwardInputs& in, const BackwardOutp
                   void* workspace) {
   isa().kernels->backward(p, in, out, parallel, workspace);
 }
+size_t cpu_average_heads_workspace(const Problem& p, int64_t threads) {
+  return isa().kernels->average_heads_workspace(p, threads);
+}
+void cpu_average_heads(const Problem& p, void* out, const Parallel& parallel, void* workspace) {
+  isa().kernels->average_heads(p, out, parallel, workspace);
+}
 void cpu_unmerge(const UnmergeProblem& p, const Parallel& parallel) { isa().kernels->unmerge(p, parallel); }
 size_t cpu_unmerge_backward_workspace(const UnmergeProblem& p, int64_t threads) {
   return isa().kernels->unmerge_backward_workspace(p, threads);

@@ -91,6 +91,10 @@ size_t cpu_backward_workspace(const Problem&, const BackwardOutputs&, int64_t th
 
 void cpu_forward(const Problem&, const ForwardOutputs&, const Parallel&, void* workspace);
 void cpu_backward(const Problem&, const BackwardInputs&, const BackwardOutputs&, const Parallel&, void* workspace);
+// Means over the heads of problem.key, (B, N, C) contiguous, float64 if wide_scores, else float32. Needs the fields batch,
+// tokens, channels, heads, wide_scores and key.
+size_t cpu_average_heads_workspace(const Problem&, int64_t threads);
+void cpu_average_heads(const Problem&, void* out, const Parallel&, void* workspace);
 void cpu_unmerge(const UnmergeProblem&, const Parallel&);
 size_t cpu_unmerge_backward_workspace(const UnmergeProblem&, int64_t threads);
 void cpu_unmerge_backward(const UnmergeProblem&, const Parallel&, void* workspace);
