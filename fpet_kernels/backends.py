@@ -128,6 +128,8 @@ def select(x: Tensor, backend: str | None) -> str:
         ValueError: no backend has that name. RuntimeError: it has, and can't run this call.
     """
     if backend is None:
+        if x.device.type == "meta":  # shapes alone, by the operators' fake functions: the same for every backend
+            return "cpu"
         if x.device.type == "cpu":  # the interpreter is a debugging tool: never chosen by itself
             return "cpu" if _NATIVE.available else "reference"
         for name in ORDER:

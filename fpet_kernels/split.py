@@ -7,12 +7,21 @@ is the prefix tokens followed by B in increasing position. Positions count the p
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["Split", "alternating", "checkerboard", "checkerboard_3d", "second_checkerboard"]
+
+
+@contextmanager
+def real_cpu_tensors() -> Iterator[None]:
+    """What is made here outlives its first caller: ordinary CPU tensors, whatever mode (fake, inference, device) that was in."""
+    with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 class Split:
@@ -38,21 +47,25 @@ class Split:
         self, num_tokens: int, a: Sequence[int] | Tensor, b: Sequence[int] | Tensor, *, grid: tuple[int, int] | None = None
     ) -> None:
         self.num_tokens = num_tokens
-        self.a = torch.as_tensor(a, dtype=torch.int64, device="cpu").contiguous()
-        self.b = torch.as_tensor(b, dtype=torch.int64, device="cpu").contiguous()
         self.grid = grid
         self._by_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        with real_cpu_tensors():
+            self.a = torch.as_tensor(a, dtype=torch.int64, device="cpu").contiguous()
+            self.b = torch.as_tensor(b, dtype=torch.int64, device="cpu").contiguous()
+            self._check()
+
+    def _check(self) -> None:
         if self.a.dim() != 1 or self.b.dim() != 1:
             raise ValueError(f"split: expected 1-D position lists, got {self.a.dim()}-D a and {self.b.dim()}-D b")
         if self.b.numel() < 2:
-            raise ValueError(f"split: needs at least two destinations, got {self.b.numel()} of {num_tokens} tokens")
+            raise ValueError(f"split: needs at least two destinations, got {self.b.numel()} of {self.num_tokens} tokens")
         for name, index in (("a", self.a), ("b", self.b)):
             if index.numel() > 1 and not bool((index[1:] > index[:-1]).all()):
                 raise ValueError(f"split: positions of {name} must be strictly increasing")
         seen = torch.cat((self.a, self.b)).sort().values
-        if seen.numel() != num_tokens or not torch.equal(seen, torch.arange(num_tokens)):
+        if seen.numel() != self.num_tokens or not torch.equal(seen, torch.arange(self.num_tokens)):
             raise ValueError(
-                f"split: a and b must hold every position of range({num_tokens}) exactly once, "
+                f"split: a and b must hold every position of range({self.num_tokens}) exactly once, "
                 f"got {self.a.numel()} + {self.b.numel()} positions"
             )
 
@@ -91,8 +104,9 @@ def check_sides(**sides: int) -> None:
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
-def _by_mask(mask: Tensor) -> Split:
-    mask = mask.flatten()
+def _by_parity(parity: Tensor) -> Split:
+    """Sources where ``parity`` is even."""
+    mask = parity.flatten() % 2 == 0
     return Split(mask.numel(), mask.nonzero().flatten(), (~mask).nonzero().flatten())
 
 
@@ -112,7 +126,8 @@ def checkerboard(height: int, width: int) -> Split:
     Both sets are in raster order. Odd sides are fine: a 7×7 grid has 25 sources and 24 destinations.
     """
     check_sides(height=height, width=width)
-    return Split(height * width, *checkerboard_positions(height, width, torch.device("cpu")), grid=(height, width))
+    with real_cpu_tensors():
+        return Split(height * width, *checkerboard_positions(height, width, torch.device("cpu")), grid=(height, width))
 
 
 @functools.lru_cache(maxsize=256)
@@ -124,21 +139,22 @@ def second_checkerboard(height: int, width: int) -> Split:
     merge leaves is an ordinary ``height // 2`` × ``ceil(width / 2)`` grid again.
     """
     check_sides(height=height, width=width)
-    row, col = torch.arange(height)[:, None], torch.arange(width)[None, :]
-    left = (row + col) % 2 == 1
-    return _by_mask((row.expand(height, width)[left]) % 2 == 0)
+    with real_cpu_tensors():
+        _, left = checkerboard_positions(height, width, torch.device("cpu"))
+        return _by_parity(left // width)
 
 
 @functools.lru_cache(maxsize=256)
 def alternating(num_tokens: int) -> Split:
     """Every second token, as in ToMe: even positions are sources, odd positions destinations."""
     check_sides(num_tokens=num_tokens)
-    return _by_mask(torch.arange(num_tokens) % 2 == 0)
+    with real_cpu_tensors():
+        return _by_parity(torch.arange(num_tokens))
 
 
 @functools.lru_cache(maxsize=256)
 def checkerboard_3d(frames: int, height: int, width: int) -> Split:
     """For video tokens, frame by frame in raster order: a source where frame + row + col is even."""
     check_sides(frames=frames, height=height, width=width)
-    t, row, col = torch.arange(frames)[:, None, None], torch.arange(height)[:, None], torch.arange(width)
-    return _by_mask((t + row + col) % 2 == 0)
+    with real_cpu_tensors():
+        return _by_parity(torch.arange(frames)[:, None, None] + torch.arange(height)[:, None] + torch.arange(width))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fpet_kernels import Merged, Split, bdm_merge, bdm_unmerge, checkerboard, second_checkerboard
+from fpet_kernels.split import real_cpu_tensors
 
 __all__ = ["MergeStep", "SizeBias", "kept_positions", "merge_splits", "pool_by_size", "unmerge"]
 
@@ -59,17 +57,10 @@ class SizeBias(NamedTuple):
     form: str = "auto"
 
 
-@contextmanager
-def _real_cpu_tensors() -> Iterator[None]:
-    # A cached table must be an ordinary tensor, whatever mode (fake, inference, default device) the first caller was in.
-    with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
-        yield
-
-
 @functools.lru_cache(maxsize=256)
 def _plan(height: int, width: int, count: int) -> tuple[tuple[Split, ...], tuple[Tensor, ...]]:
     """``count`` splits, and after each one the grid positions (int64, CPU) of the patch tokens that are left."""
-    with _real_cpu_tensors():
+    with real_cpu_tensors():
         splits, kept, left = [], [], torch.arange(height * width)
         for step in range(count):
             if step % 2:
@@ -86,7 +77,7 @@ def _plan(height: int, width: int, count: int) -> tuple[tuple[Split, ...], tuple
 @functools.lru_cache(maxsize=256)
 def _kept(height: int, width: int, count: int, num_prefix_tokens: int, device: torch.device) -> Tensor:
     patches = _plan(height, width, count)[1][count - 1]
-    with _real_cpu_tensors():
+    with real_cpu_tensors():
         return torch.cat((torch.arange(num_prefix_tokens), patches + num_prefix_tokens)).to(device)
 
 
