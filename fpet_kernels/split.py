@@ -34,7 +34,7 @@ class Split:
 
     Attributes:
         a, b: int64 tensors ``(N_A,)`` and ``(N_B,)`` on the CPU. Treat them as constants.
-        grid: ``(H, W)`` for :func:`checkerboard`, whose positions kernels compute instead of reading; else ``None``.
+        grid: ``(H, W)`` where the lists are a :func:`checkerboard`, whose positions kernels compute instead of reading; else ``None``.
 
     Raises:
         ValueError: the two lists do not partition the positions, or there are fewer than two destinations (the soft
@@ -68,6 +68,10 @@ class Split:
                 f"split: a and b must hold every position of range({self.num_tokens}) exactly once, "
                 f"got {self.a.numel()} + {self.b.numel()} positions"
             )
+        if self.grid is not None:  # kernels compute positions from it instead of reading the lists
+            a, b = checkerboard_positions(*self.grid, torch.device("cpu"))
+            if not (torch.equal(a, self.a) and torch.equal(b, self.b)):
+                raise ValueError(f"split: a and b are not the checkerboard of grid={self.grid}; leave grid out")
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """``(a, b)`` on ``device``; copied there once."""
