@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,11 +30,12 @@ class _NoDoubleBackward(torch.autograd.Function):
         raise RuntimeError(f"{ctx.name}: double backward is not supported; its gradient can be computed once only")
 
 
-def _once(name: str, results: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """``results`` of a backward with gradients ``grads``, such that differentiating them again is an error, not a silent zero."""
-    if torch.is_grad_enabled() and any(g.requires_grad for g in grads):
-        return _NoDoubleBackward.apply(name, len(results), *results, *grads)
-    return results
+def _once(name: str, results: tuple[Tensor, ...], sources: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+    """``results`` of a backward over ``sources``, such that differentiating them again is an error, not a silent zero."""
+    if not torch.is_grad_enabled():
+        return results
+    differentiable = [t for t in sources if t is not None and t.requires_grad]
+    return _NoDoubleBackward.apply(name, len(results), *results, *differentiable) if differentiable else results
 
 
 def _merge(
@@ -107,7 +109,9 @@ class BDMMerge(torch.autograd.Function):
                 grad_tokens, grad_size, *inputs, tokens, merged_size, match, second, mid, split_a, split_b, *ctx.problem,
                 need_x, need_size, need_down or need_up, need_delta, need_key,
             )  # fmt: skip
-        grad_x, grad_in_size, grad_down, grad_up, grad_delta, grad_key = _once("bdm_merge", results, (grad_tokens, grad_size))
+        grad_x, grad_in_size, grad_down, grad_up, grad_delta, grad_key = _once(
+            "bdm_merge", results, (grad_tokens, grad_size, *inputs)
+        )
         if need_key and ctx.heads:
             if key.dim() == 3:  # the gradient of the mean
                 grad_key = (grad_key / ctx.heads).to(ctx.key_dtype)

@@ -160,7 +160,7 @@ def bdm_unmerge(
         (B, N, D), with gradient: each merged token gets the sum over the positions it was given back to.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as :func:`bdm_merge`; IndexError: a match outside ``[0, M)``.
+        ValueError, TypeError, RuntimeError: as :func:`bdm_merge`; IndexError or RuntimeError: a match outside ``[0, M)``.
     """
     if tokens.dim() != 3:
         raise ValueError(f"tokens: expected (B, M, D), got shape {tuple(tokens.shape)}")

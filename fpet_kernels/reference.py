@@ -147,7 +147,11 @@ def bdm_merge_reference(
 
 
 def bdm_unmerge_reference(tokens: Tensor, match: Tensor, *, split: Split | tuple[int, int], num_prefix_tokens: int = 1) -> Tensor:
-    """(B, N, D): every original position gets the token it was merged into."""
+    """(B, N, D): every original position gets the token it was merged into. IndexError (on the CPU) for a match out of range."""
+    if match.device.type == "cpu" and not torch.compiler.is_compiling() and match.numel():
+        low, high = int(match.min()), int(match.max())
+        if low < 0 or high >= tokens.shape[1]:  # an index below zero would count from the end
+            raise IndexError(f"match: index out of range: expected [0, {tokens.shape[1]}), got [{low}, {high}]")
     a, b = positions(split, tokens.device)
     p = num_prefix_tokens
     origin = match.new_empty(match.shape[0], p + a.shape[0] + b.shape[0])  # (B, N) index into the merged tokens

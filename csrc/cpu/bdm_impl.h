@@ -56,7 +56,7 @@ void run_ranges(const Parallel& parallel, int64_t n, int64_t parts, const F& f) 
 
 void fill_positions(int64_t* a, int64_t* b, const int64_t* split_a, const int64_t* split_b, int64_t num_a, int64_t num_b,
                     int64_t grid_h, int64_t grid_w, int64_t prefix) {
-  if (split_a) {
+  if (split_b) {  // split_a may be empty, and then null
     for (int64_t i = 0; i < num_a; ++i) a[i] = split_a[i] + prefix;
     for (int64_t j = 0; j < num_b; ++j) b[j] = split_b[j] + prefix;
     return;
@@ -975,7 +975,7 @@ void unmerge(const UnmergeProblem& p, const Parallel& parallel) {
   run_ranges(parallel, p.batch, threads, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       for (int64_t n = 0; n < p.prefix; ++n) copy(b, n, n);
-      if (p.split_a) {
+      if (p.split_b) {
         for (int64_t i = 0; i < p.num_a; ++i) copy(b, p.prefix + p.split_a[i], p.match[b * p.num_a + i]);
         for (int64_t j = 0; j < p.num_b; ++j) copy(b, p.prefix + p.split_b[j], p.prefix + j);
         continue;

@@ -20,7 +20,7 @@ struct View {
 
 struct Problem {
   int64_t batch = 0, tokens = 0, dim = 0, channels = 0, heads = 1, hidden = 0, prefix = 0, num_a = 0, num_b = 0;
-  int64_t grid_h = 0, grid_w = 0;  // the checkerboard, where split_a and split_b are null
+  int64_t grid_h = 0, grid_w = 0;  // the checkerboard, where split_b is null
   const int64_t* split_a = nullptr;
   const int64_t* split_b = nullptr;
   double scale = 1.0;
