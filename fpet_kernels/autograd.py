@@ -70,16 +70,14 @@ def _merge(
 def _saves_mean(
     key: Tensor, w_down: Tensor | None, w_up: Tensor | None, key_delta: Tensor | None, detach_key: bool, backend: str
 ) -> bool:
-    """Whether the backward will want the key: then its mean, a heads-th of it, is formed once, kept, and read instead."""
-    if backend != "cpu":
+    """Whether the backward will read the detached key: then its mean, a heads-th of it, is formed once, kept, and read instead."""
+    if backend != "cpu" or (key.requires_grad and not detach_key):
         return False
-    learned = (key_delta, w_down, w_up) if detach_key else (key, key_delta, w_down, w_up)
-    return any(t is not None and t.requires_grad for t in learned)
+    return any(t is not None and t.requires_grad for t in (key_delta, w_down, w_up))
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     tensors, ctx.problem, ctx.detach_key, ctx.backend = inputs[:9], inputs[9:14], inputs[14], inputs[15]
-    ctx.heads, ctx.key_dtype = inputs[1].shape[1] if inputs[1].dim() == 4 else 0, inputs[1].dtype
     ctx.mark_non_differentiable(*output[2:])
     if len(output) == 6:
         tensors = (tensors[0], output[5], *tensors[2:])
@@ -112,10 +110,8 @@ class BDMMerge(torch.autograd.Function):
         grad_x, grad_in_size, grad_down, grad_up, grad_delta, grad_key = _once(
             "bdm_merge", results, (grad_tokens, grad_size, *inputs)
         )
-        if need_key and ctx.heads:
-            if key.dim() == 3:  # the gradient of the mean
-                grad_key = (grad_key / ctx.heads).to(ctx.key_dtype)
-            grad_key = grad_key.unsqueeze(1).expand(-1, ctx.heads, -1, -1)
+        if need_key and key.dim() == 4:
+            grad_key = grad_key.unsqueeze(1).expand_as(key)
         return (
             grad_x if need_x else None,
             grad_key if need_key else None,
