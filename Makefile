@@ -81,8 +81,8 @@ bench: $(READY)
 gpu-check: $(READY)
 	@mkdir -p $(OUT)
 	$(PY) -m fpet_kernels | tee $(OUT)/gpu-doctor.txt || true
-	$(PY) -m pytest -q 2>&1 | tee $(OUT)/gpu-tests.txt
-	$(PY) benchmarks/kernel_vs_ref.py --device cuda $(BENCH_ARGS) 2>&1 | tee $(OUT)/gpu-bench.txt
+	FPET_REQUIRE_BACKENDS=triton $(PY) -m pytest -q 2>&1 | tee $(OUT)/gpu-tests.txt
+	$(PY) benchmarks/kernel_vs_ref.py --device cuda --out $(OUT)/kernel_vs_ref-cuda.jsonl $(BENCH_ARGS) 2>&1 | tee $(OUT)/gpu-bench.txt
 
 # The wheel is built against the torch of .venv; tests are copied away, so that the source tree can't be imported.
 test-abi: $(READY)
