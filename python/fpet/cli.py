@@ -25,6 +25,8 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "train": Command("fpet.train", "tune a backbone, with merged tokens; without options on an embedded task"),
+    "evaluate": Command("fpet.evaluate", "accuracy of what a finished run tuned"),
     "visualize": Command("fpet.visualize", "picture and report of the patches that a model merges in an image"),
     "doctor": Command("fpet.doctor", "which backends are active on this machine, which are not, and why"),
 }

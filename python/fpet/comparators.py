@@ -1,0 +1,248 @@
+"""What FPET is compared with (Table 3): other ways to have fewer tokens, on the same models, adapters and blocks.
+
+>>> comparators.apply(model, "avg-pool", layer=6)      # instead of fpet.apply(model, layer=6)
+
+A *reducer* is called between a block's attention and its MLP. :func:`apply` gives one to each block that reduces.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.models._manipulate import checkpoint
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from fpet_kernels import KeyRefinement as RefinementWeights
+from fpet_kernels import Merged, alternating, bdm_merge
+
+from . import patch
+from .block import key_channels
+from .merging import SizeBias
+from .models import FPETVisionTransformer, _Encoded
+from .refinement import KeyRefinement
+
+__all__ = ["COMPARATORS", "Reducer", "apply", "remove"]
+
+
+class Reducer:
+    """Makes fewer tokens of some.
+
+    Attributes:
+        proportional: whether later attention counts a token as often as its size says.
+    """
+
+    proportional = True
+
+    def __call__(self, tokens: _Tokens, key: Tensor, refinement: Any) -> Merged:
+        """``key`` (B, heads, N, C). Returns tokens (B, M, D), size (B, M, 1), and match (B, N): where each token went."""
+        raise NotImplementedError
+
+
+class _Tokens(NamedTuple):
+    """Attributes: x (B, N, D); size (B, N, 1); prefix, how many of them stay; grid of the patches, None after a reduction."""
+
+    x: Tensor
+    size: Tensor
+    prefix: int
+    grid: tuple[int, int] | None
+
+
+class Matching(Reducer):
+    """Bipartite matching at one layer: every source is merged into the destination of the most similar key.
+
+    Args:
+        checkerboard: sources and destinations as in FPET; otherwise every second token is a source, as in ToMe.
+        refined: by refined keys, which makes the checkerboard's form FPET. detach_key: FPET's gradient stopping.
+    """
+
+    def __init__(self, checkerboard: bool, refined: bool = False, detach_key: bool = True) -> None:
+        self.checkerboard, self.refined, self.detach_key = checkerboard, refined, detach_key
+
+    def __call__(self, tokens: _Tokens, key: Tensor, refinement: Any) -> Merged:
+        x, size, prefix, grid = tokens
+        batch, n = x.shape[:2]
+        weights: RefinementWeights | None = refinement.weights(batch, n) if self.refined else None
+        if self.checkerboard:
+            if grid is None:
+                raise ValueError("layer: a checkerboard needs the whole grid, and tokens were reduced before")
+            merged = bdm_merge(
+                x, key, grid_size=grid, num_prefix_tokens=prefix, size=size, refinement=weights, detach_key=self.detach_key
+            )
+            where = torch.arange(grid[0] * grid[1], device=x.device).view(grid)
+            rows = torch.arange(grid[0], device=x.device)[:, None] + torch.arange(grid[1], device=x.device)
+            a, b = where[rows % 2 == 0], where[rows % 2 == 1]
+        else:
+            split = alternating(n - prefix)
+            merged = bdm_merge(x, key, split=split, num_prefix_tokens=prefix, size=size, refinement=weights)
+            a, b = split.a.to(x.device), split.b.to(x.device)
+        match = torch.arange(n, device=x.device).expand(batch, -1).clone()
+        match[:, prefix + b] = prefix + torch.arange(len(b), device=x.device)
+        match[:, prefix + a] = merged.match
+        return Merged(merged.tokens, merged.size, match)
+
+
+class Pooling(Reducer):
+    """Mean or maximum of patches 2i and 2i + 1 in raster order; an odd one at the end stays as it is."""
+
+    proportional = False
+
+    def __init__(self, maximum: bool) -> None:
+        self.maximum = maximum
+
+    def __call__(self, tokens: _Tokens, key: Tensor, refinement: Any) -> Merged:
+        x, size, prefix, _ = tokens
+        n = x.shape[1]
+        pairs = (n - prefix) // 2
+        first, second = (x[:, prefix + i : prefix + i + 2 * pairs - 1 : 2] for i in (0, 1))
+        pooled = torch.maximum(first, second) if self.maximum else (first + second) / 2
+        kept = x[:, prefix + 2 * pairs :]
+        match = torch.cat((torch.arange(prefix), prefix + torch.arange(n - prefix) // 2)).to(x.device).expand(len(x), -1)
+        out = torch.cat((x[:, :prefix], pooled, kept), 1)
+        return Merged(out, _sum_into(size, match, out.shape[1]), match)
+
+
+class ToMe(Reducer):
+    """Token merging (Bolya et al., ICLR 2023): of all pairs of a source and its best destination, the r most similar merge."""
+
+    def __init__(self, r: int) -> None:
+        self.r = r
+
+    def __call__(self, tokens: _Tokens, key: Tensor, refinement: Any) -> Merged:
+        x, size, prefix, _ = tokens
+        batch, n = x.shape[:2]
+        patches = torch.arange(prefix, n, device=x.device)
+        a, b = patches[::2], patches[1::2]
+        r = min(self.r, len(b))
+        unit = F.normalize(key.detach().mean(1), dim=-1)
+        best, choice = (unit[:, a] @ unit[:, b].transpose(1, 2)).max(-1)  # (B, N_A)
+        order = best.argsort(-1, descending=True, stable=True)
+        merged = torch.zeros_like(best, dtype=torch.bool).scatter(1, order[:, :r], True)
+        # Where each token goes: kept ones move up, in order; a merged source goes where its destination does.
+        gone = torch.zeros(batch, n, dtype=torch.bool, device=x.device)
+        gone[:, a] = merged
+        match = (~gone).cumsum(1) - 1
+        match[:, a] = torch.where(merged, match.gather(1, b[choice]), match[:, a])
+        new_size = _sum_into(size, match, n - r)
+        return Merged(_sum_into(x * size.to(x.dtype), match, n - r) / new_size.to(x.dtype), new_size, match)
+
+
+def _sum_into(values: Tensor, match: Tensor, count: int) -> Tensor:
+    """(B, count, …): the sum of the values (B, N, …) that went to each place."""
+    index = match[:, :, None].expand_as(values)
+    return values.new_zeros(values.shape[0], count, values.shape[2]).scatter_add(1, index, values)
+
+
+class ReducedVisionTransformer(FPETVisionTransformer):
+    """timm's VisionTransformer with a reducer in some of its blocks."""
+
+    def _encode(
+        self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *,
+        take: tuple[int, ...] | list[int] = (), normed: bool = False, depth: int | None = None,
+    ) -> _Encoded:  # fmt: skip
+        if attn_mask is not None or is_causal:
+            raise ValueError("attn_mask, is_causal: comparators take none")
+        x, grid = self._embed(images)[:2]
+        prefix = x.shape[1] - grid[0] * grid[1]
+        size, source, weigh = x.new_ones(x.shape[0], x.shape[1], 1, dtype=torch.float32), None, False
+        intermediates = []
+        for i, block in enumerate(list(self.blocks)[:depth]):
+            reducer = self.fpet_reducers.get(i)
+
+            def run(x: Tensor, size: Tensor, block: Any = block, reducer: Any = reducer, weigh: bool = weigh, first: bool = source is None) -> Any:  # fmt: skip  # noqa: E501
+                step = None if reducer is None else _Step(reducer, size, prefix, grid if first else None)
+                return block(x, sizes=SizeBias(size.squeeze(-1).log()) if weigh else None, merge=step)
+
+            out = checkpoint(run, x, size) if self.grad_checkpointing else run(x, size)
+            if reducer is None:
+                x = out
+            else:
+                x, size, match = out
+                source, weigh = match if source is None else match.gather(1, source), reducer.proportional
+            if i in take:
+                intermediates.append(_restore(self.norm(x) if normed else x, source))
+        return _Traced(x, None if source is None else size, (), [] if source is None else [source], prefix, intermediates)
+
+
+class _Step(NamedTuple):
+    """Stands in for :class:`fpet.merging.MergeStep` in a block."""
+
+    reducer: Reducer
+    size: Tensor
+    prefix: int
+    grid: tuple[int, int] | None
+
+    def merge(self, x: Tensor, key: Tensor, refinement: Any) -> Merged:
+        return self.reducer(_Tokens(x, self.size, self.prefix, self.grid), key, refinement)
+
+
+def _restore(x: Tensor, source: Tensor | None) -> Tensor:
+    return x if source is None else x.gather(1, source[:, :, None].expand(-1, -1, x.shape[-1]))
+
+
+class _Traced(_Encoded):
+    """Its only match says for every original token where it went."""
+
+    def unmerge(self, x: Tensor) -> Tensor:
+        return _restore(x, self.matches[0] if self.matches else None)
+
+
+COMPARATORS = ("none", "bsm", "bsm-checkerboard", "fpet-no-stop", "avg-pool", "max-pool", "tome")
+
+
+def apply(
+    model: nn.Module, name: str, layer: int | None = None, *, r: int = 8, refinement: dict[str, Any] | None = None
+) -> nn.Module:
+    """Makes a timm VisionTransformer reduce its tokens the way ``name`` says, in place; its parameters stay as they are.
+
+    Args:
+        name: one of COMPARATORS. layer: the block that reduces, for those at one layer; None: the middle one.
+        r: of ToMe. refinement: arguments of fpet.KeyRefinement, for "fpet-no-stop".
+
+    Raises:
+        ValueError: no such name or block. TypeError: not a VisionTransformer, or one that can't be merged.
+    """
+    if name not in COMPARATORS:
+        raise ValueError(f"name: expected one of {', '.join(COMPARATORS)}, got {name!r}")
+    inner: Any = patch.find_model(model)
+    if type(inner) not in (VisionTransformer, FPETVisionTransformer, ReducedVisionTransformer):
+        raise TypeError(f"model: expected timm's VisionTransformer, got {type(inner).__name__}")
+    depth = len(inner.blocks)
+    layer = depth // 2 if layer is None else layer
+    if not 0 <= layer < depth:
+        raise ValueError(f"layer: expected a block index in range({depth}), got {layer}")
+    if name == "tome" and r < 1:
+        raise ValueError(f"r: expected at least 1, got {r}")
+    if isinstance(inner, ReducedVisionTransformer):
+        remove(model)
+    reducers: dict[int, Reducer] = {
+        "none": lambda: {},
+        "bsm": lambda: {layer: Matching(checkerboard=False)},
+        "bsm-checkerboard": lambda: {layer: Matching(checkerboard=True)},
+        "fpet-no-stop": lambda: {layer: Matching(checkerboard=True, refined=True, detach_key=False)},
+        "avg-pool": lambda: {layer: Pooling(maximum=False)},
+        "max-pool": lambda: {layer: Pooling(maximum=True)},
+        "tome": lambda: {i: ToMe(r) for i in range(depth)},
+    }[name]()
+    patch.apply(model, None, refinement=False)
+    inner.__class__ = ReducedVisionTransformer
+    inner.fpet_reducers = reducers
+    if name == "fpet-no-stop":
+        block = inner.blocks[layer]
+        like = next(block.parameters())
+        block.refinement = KeyRefinement(key_channels(block), **(refinement or {})).to(like.device, like.dtype)
+        block.refinement.train(block.training)
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Undoes :func:`apply`; adapters stay. Does nothing to a model without a comparator. Returns model."""
+    for module in model.modules():
+        if isinstance(module, ReducedVisionTransformer):
+            del module.fpet_reducers
+            module.__class__ = FPETVisionTransformer
+            patch.remove(model)
+            break
+    return model

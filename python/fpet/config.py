@@ -1,0 +1,224 @@
+"""Everything a run depends on, in one place: :class:`Config`; checked before any work starts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .adapters import METHODS, AdapterConfig
+from .data import FAMILIES, task_names
+
+__all__ = ["PRESETS", "REDUCTIONS", "Config", "ConfigError", "add_arguments", "from_arguments"]
+
+EMBEDDED_MODEL = "embedded"
+
+REDUCTIONS = {
+    "fpet": "bipartite differentiable matching with refined keys at one layer",
+    "none": "every token stays",
+    "bsm-checkerboard": "hard bipartite matching at one layer on the checkerboard, without refinement",
+    "bsm": "the same, with every second token as source",
+    "fpet-no-stop": "fpet without gradient stopping: gradients also reach the backbone's keys",
+    "avg-pool": "mean of two neighbours at one layer",
+    "max-pool": "maximum of two neighbours at one layer",
+    "tome": "ToMe: the r most similar pairs at every layer",
+}
+"""What becomes of the tokens on the way through the backbone; all but the first two are comparators."""
+
+
+class ConfigError(ValueError):
+    """A setting that can't be, found before any work; one line for each."""
+
+
+def _option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run. The defaults are the embedded task, which needs no file and takes a few minutes on two cores.
+
+    :func:`fpet.train.train` calls :meth:`check` first. Fields in ``FREE`` may differ between a run and its resumption.
+    """
+
+    data: str = _option("shapes", "family of tasks", FAMILIES)
+    task: str = _option("location", "task of the family, such as location or cifar")
+    data_dir: str | None = _option(None, "folder of the data, for the families that are read from files")
+    image_size: int = _option(32, "side of the images the model sees")
+    normalize: str = _option("none", "per-channel normalisation of images in [0, 1]", ("none", "imagenet", "half"))
+    train_count: int = _option(1000, "drawn images for training and validation together (shapes)")
+    test_count: int = _option(1000, "drawn images for the test (shapes)")
+
+    shots: int = _option(16, "training images a class (fgvc)")
+    list_seed: int = _option(0, "which published draw of them (fgvc)")
+
+    model: str = _option(EMBEDDED_MODEL, "timm's name of the backbone, or 'embedded' for a tiny one pre-trained here")
+    weights: str | None = _option(None, "file with the backbone's weights; none: timm's pre-trained ones")
+    pretrained: bool = _option(True, "load pre-trained weights; without, the backbone is random")
+    pretrain_steps: int = _option(500, "steps of 64 images in which the embedded backbone is pre-trained")
+
+    method: str = _option("adaptformer", "tuning method", tuple(METHODS))
+    hidden_dim: int | None = _option(None, "width of its bottleneck; none: the method's own")
+    scale: float | None = _option(None, "s, what the method's output is multiplied by; none: the method's own")
+    bits: int | None = _option(None, "of the method's weights; none: the method's own")
+    dropout: float | None = _option(None, "in the method; none: its own")
+
+    reduction: str = _option("fpet", "what becomes of the tokens", tuple(REDUCTIONS))
+    layer: int | None = _option(None, "0-based block that merges; none: the middle one")
+    r: int = _option(8, "pairs that ToMe merges in each block")
+    refinement_dropout: float = _option(0.1, "in the refinement of the keys")
+    refine: bool = _option(True, "train the refinement of the keys; without, it stays as initialised")
+
+    epochs: int = _option(40, "passes over the training images")
+    batch_size: int = _option(64, "images per step, over all processes and accumulated parts")
+    lr: float = _option(4e-3, "peak learning rate of AdamW")
+    weight_decay: float = _option(1e-4, "of AdamW")
+    warmup_epochs: float = _option(4.0, "epochs of linear warm-up")
+    warmup_lr: float = _option(1e-6, "learning rate at the start")
+    min_lr: float = _option(1e-5, "learning rate at the end")
+    drop_path: float = _option(0.1, "probability of leaving out a branch in the last block, rising linearly from 0")
+    seed: int = _option(0, "of initialisation, order of the images and dropout")
+
+    protocol: str = _option("paper", "paper: train on train and val, test at the end. honest: pick the model on val", ("paper", "honest"))  # fmt: skip  # noqa: E501
+    eval_batch_size: int = _option(256, "images per step in evaluation")
+
+    device: str = _option("auto", "cpu, cuda, or auto")
+    amp: bool = _option(False, "bfloat16 autocast")
+    accumulate: int = _option(1, "parts in which a process goes through its share of a batch")
+    grad_checkpointing: bool = _option(False, "recompute blocks in the backward pass to save memory")
+    compile: bool = _option(False, "torch.compile")
+    workers: int = _option(0, "processes that read images")
+
+    output: str = _option("runs/default", "folder of the run")
+    checkpoint_epochs: int = _option(1, "epochs between checkpoints")
+    checkpoint_steps: int | None = _option(None, "steps between further checkpoints within an epoch")
+    keep_checkpoints: int = _option(2, "how many of the newest checkpoints stay")
+    resume: bool = _option(True, "go on where the folder's newest checkpoint was written; without, it must hold none")
+    log: str = _option("csv", "where numbers go besides the screen", ("csv", "tensorboard"))
+    progress: bool = _option(True, "progress bars")
+
+    FREE = (
+        "data_dir", "device", "workers", "output", "checkpoint_epochs", "checkpoint_steps", "keep_checkpoints", "resume", "log",
+        "progress", "eval_batch_size",
+    )  # fmt: skip
+
+    def check(self, *, world_size: int = 1) -> None:
+        """Raises :class:`ConfigError` with every setting that can't be; needs no data and no model."""
+        wrong: list[str] = []
+
+        def expect(holds: bool, name: str, expected: str) -> None:
+            if not holds:
+                wrong.append(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+        for f in dataclasses.fields(self):
+            kind, _, optional = str(f.type).partition(" | ")
+            value = getattr(self, f.name)
+            types: tuple[type, ...] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}[kind]
+            good = isinstance(value, types) and (kind == "bool" or not isinstance(value, bool))
+            expect(good or (bool(optional) and value is None), f.name, kind + (" or None" if optional else ""))
+            if good and f.metadata["choices"]:
+                expect(value in f.metadata["choices"], f.name, f"one of {', '.join(f.metadata['choices'])}")
+        if wrong:
+            raise ConfigError("\n".join(wrong))
+
+        for name in (
+            "image_size", "train_count", "test_count", "epochs", "batch_size", "eval_batch_size", "accumulate",
+            "checkpoint_epochs", "keep_checkpoints", "pretrain_steps", "r",
+        ):  # fmt: skip
+            expect(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("lr", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr"):
+            expect(0 <= getattr(self, name) < math.inf, name, "a finite number of at least 0")
+        for name in ("drop_path", "refinement_dropout"):
+            expect(0 <= getattr(self, name) < 1, name, "a probability in [0, 1)")
+        expect(self.warmup_epochs < self.epochs, "warmup_epochs", f"less than the {self.epochs} epochs")
+        expect(self.seed >= 0, "seed", "at least 0")
+        expect(self.workers >= 0, "workers", "at least 0")
+        expect(self.checkpoint_steps is None or self.checkpoint_steps >= 1, "checkpoint_steps", "at least 1 or None")
+        expect(self.layer is None or self.layer >= 0, "layer", "at least 0 or None")
+        expect(self.train_count >= 10, "train_count", "at least 10")
+        parts = world_size * self.accumulate
+        expect(self.batch_size % parts == 0, "batch_size", f"a multiple of {world_size} processes × {self.accumulate} parts")
+        if self.data in FAMILIES:
+            expect(self.task in task_names(self.data), "task", f"one of {', '.join(task_names(self.data))} for {self.data}")
+        if self.data != "shapes":
+            expect(self.data_dir is not None and Path(self.data_dir).is_dir(), "data_dir", f"the folder of {self.data}")
+        if self.model == EMBEDDED_MODEL:
+            expect(self.image_size == 32, "image_size", "32 for the embedded model")
+        if self.weights is not None:
+            expect(Path(self.weights).is_file(), "weights", "a file")
+        if self.log == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+            wrong.append("log: 'tensorboard' needs the package tensorboard, which is not installed")
+        if self.device not in ("auto", "cpu", "cuda"):
+            wrong.append(f"device: expected 'auto', 'cpu' or 'cuda', got {self.device!r}")
+        elif self.device == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                wrong.append("device: 'cuda' asked for, and torch sees no CUDA device")
+        try:
+            AdapterConfig.resolve(self.method, self.hidden_dim, self.scale, self.bits, self.dropout)
+        except ValueError as error:
+            wrong.append(f"{error} (method {self.method!r})")
+        folder = next(p for p in (Path(self.output).absolute(), *Path(self.output).absolute().parents) if p.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            wrong.append(f"output: {folder} is no folder that can be written to")
+        if wrong:
+            raise ConfigError("\n".join(wrong))
+
+    def differences(self, other: Config) -> list[str]:
+        """What keeps ``other`` from being the same run: "name: here, there"."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in self.FREE]
+        return [
+            f"{n}: {getattr(self, n)!r}, {getattr(other, n)!r}" for n in names if getattr(self, n) != getattr(other, n)
+        ]  # fmt: skip
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """Raises :class:`ConfigError` where the text is damaged or names a field there is not."""
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"config: expected what Config.to_json wrote, got {text[:40]!r}…: {error}") from error
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "data": "vtab1k", "task": "cifar", "image_size": 224, "model": "vit_base_patch16_224.augreg_in21k",
+        "method": "bi-adaptformer", "layer": 6, "epochs": 100, "lr": 1e-3, "weight_decay": 1e-4, "warmup_epochs": 10.0,
+        "warmup_lr": 1e-6, "min_lr": 1e-5, "drop_path": 0.1, "batch_size": 64, "normalize": "none", "output": "runs/paper",
+        "workers": 4,
+    },
+}  # fmt: skip
+"""Settings by name; "paper" is the recipe of Table A8: AdamW, 100 epochs, cosine with 10 warm-up epochs, no normalisation."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option for every field, and ``--preset``. What is not given is left to the preset, then to the defaults."""
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="default", help="settings to start from")
+    for f in dataclasses.fields(Config):
+        kind = str(f.type).partition(" | ")[0]
+        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        flag = f"--{f.name.replace('_', '-')}"
+        if kind == "bool":
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            convert = {"str": str, "int": int, "float": float}[kind]
+            parser.add_argument(flag, type=convert, choices=f.metadata["choices"], default=None, help=text)
+
+
+def from_arguments(arguments: argparse.Namespace) -> Config:
+    """The configuration that :func:`add_arguments`' options describe; not checked yet."""
+    names = {f.name for f in dataclasses.fields(Config)}
+    given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    return Config(**(PRESETS[arguments.preset] | given))

@@ -1,0 +1,57 @@
+"""What the embedded backbone is pre-trained on: scikit-learn's handwritten digits, placed anew each time they are drawn."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from .shapes import shapes_task
+
+__all__ = ["PretrainingData"]
+
+
+class PretrainingData:
+    """Endless random batches: light digits in random sizes, places and turns; without scikit-learn, kinds of drawn shapes.
+
+    Attributes:
+        source: "digits" or "shapes". num_classes: 10 or 6.
+    """
+
+    def __init__(self, source: str | None = None) -> None:
+        if source is None:
+            source = "digits" if importlib.util.find_spec("sklearn") else "shapes"
+        self.source, self.num_classes = source, 6
+        if source == "digits":
+            from sklearn.datasets import load_digits
+
+            found = load_digits()
+            self.num_classes = 10
+            self._digits = torch.from_numpy(found.images).float()[:, None] / 16
+            self._labels = torch.from_numpy(found.target).long()
+
+    def batch(self, count: int, generator: Generator, size: int = 32) -> tuple[Tensor, Tensor]:
+        """(count, 3, size, size) in [0, 1] and (count,) labels."""
+        if self.source == "shapes":
+            task = shapes_task("kind", count, int(torch.randint(2**31, (), generator=generator)), size)
+            return task.images, task.labels
+        chosen = torch.randint(len(self._digits), (count,), generator=generator)
+        random = torch.rand(count, 4, generator=generator)
+        side = 0.5 + 0.4 * random[:, 0]  # of the image's
+        angle = (random[:, 1] - 0.5) * (math.pi / 6)
+        shift = (random[:, 2:] * 2 - 1) * (1 - side)[:, None]
+        cos, sin = angle.cos() / side, angle.sin() / side
+        matrix = torch.stack((torch.stack((cos, sin), -1), torch.stack((-sin, cos), -1)), 1)
+        theta = torch.cat((matrix, -matrix @ shift[:, :, None]), -1)
+        ink = F.grid_sample(
+            self._digits[chosen], F.affine_grid(theta, [count, 1, size, size], align_corners=False), align_corners=False
+        )
+        background = 0.5 * torch.rand(count, 3, 1, 1, generator=generator)
+        colour = background + 0.25 + 0.25 * torch.rand(count, 1, 1, 1, generator=generator)
+        clouds = F.interpolate(torch.randn(count, 3, 4, 4, generator=generator), (size, size), mode="bicubic")
+        image = ink * colour + (1 - ink) * (background + 0.06 * clouds)
+        noise = 0.02 * torch.randn(image.shape, generator=generator)
+        return (image + noise).clamp(0, 1), self._labels[chosen]
