@@ -454,16 +454,17 @@ def column_pass(
 
 @triton.jit
 def key_gradient(
-    p_unit_grad, p_prepared, p_norm, p_key, p_down, p_up, p_mask, p_split_a, p_split_b, p_grad_refined, p_grad_key,
+    p_unit_grad, p_partial, p_prepared, p_norm, p_key, p_down, p_up, p_mask, p_split_a, p_split_b, p_grad_refined, p_grad_key,
     stride_key_b, stride_key_h, stride_key_n, stride_key_c, stride_down_h, stride_down_c, stride_up_c, stride_up_h,
     stride_mask_b, stride_mask_n, stride_mask_h,
-    num_a, num_rows, prefix, width, channels, heads, hidden, scale_high, scale_low,
-    BR: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, LISTED: tl.constexpr, REFINED: tl.constexpr, MASKED: tl.constexpr,
-    COSINE: tl.constexpr, NEED_REFINED: tl.constexpr, NEED_KEY: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
+    num_a, num_rows, prefix, width, channels, heads, hidden, scale_high, scale_low, parts,
+    BR: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, PARTS: tl.constexpr, LISTED: tl.constexpr, REFINED: tl.constexpr,
+    MASKED: tl.constexpr, COSINE: tl.constexpr, NEED_REFINED: tl.constexpr, NEED_KEY: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dk' = (dk̂ − k̂ (k̂ · dk̂)) / ‖k'‖, written over dk̂ and, in token order, to grad_refined and grad_key; 0 for prefix tokens.
 
-    Rows here: prefix tokens first, then sources, then destinations.
+    Rows here: prefix tokens first, then sources, then destinations. PARTS: dk̂ of the destinations comes in ``parts`` parts,
+    (B, parts, N_B, C), added up in their order.
     """
     tokens_in = prefix + num_rows
     blocks = tl.cdiv(tokens_in, BR)
@@ -477,6 +478,19 @@ def key_gradient(
     )
     image_row = b * num_rows
     scale = split_scalar(scale_high, scale_low, DOUBLE)
+    if PARTS:
+        is_b = row_mask & (r >= num_a)
+        num_b = num_rows - num_a
+        for c_start in range(0, channels, BC):
+            c = c_start + tl.arange(0, BC)
+            mask_b = is_b[:, None] & (c < channels)[None, :]
+            at_b = (b * parts * num_b + r - num_a)[:, None] * channels + c[None, :]
+            total = zeros((BR, BC), DOUBLE)
+            for _ in range(0, parts):
+                total += tl.load(p_partial + at_b, mask=mask_b, other=0.0)
+                at_b += num_b * channels
+            tl.store(p_unit_grad + (image_row + r)[:, None] * channels + c[None, :], total, mask=mask_b)
+        tl.debug_barrier()  # read back below
     if COSINE:
         norm = tl.load(p_norm + image_row + r, mask=row_mask, other=1.0)
         inverse = inverse_norm(norm)

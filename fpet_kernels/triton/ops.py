@@ -88,6 +88,7 @@ class _Problem:
         self.arch = arch = configs.table(x.device.type, x.device.index)
         self.tiles = arch.tiles_double if self.double else arch.tiles
         self.row_block = min(32, self.tiles.block_a)
+        self.block_h = min(self.tiles.block_c, configs.next_power(max(self.hidden, 1)))
         self.split = arch.split_float32
         self.short = None if self.double else configs.short_class(self.num_a, self.num_b, self.channels, self.hidden)
         # An absent tensor still takes an argument: any pointer will do, it is never read.
@@ -131,7 +132,7 @@ class _Problem:
             self.key, self.p_delta, self.p_down, self.p_up, self.p_mask, self.p_a, self.p_b, prepared, norm,
             *self.key.stride(), *self.s_delta, *self.s_down, *self.s_up, *self.s_mask,
             self.num_a, self.rows, self.prefix, self.width, self.channels, self.heads, self.hidden, *self.scale,
-            BR=rows, BC=t.block_c, BH=min(t.block_c, configs.next_power(max(self.hidden, 1))), LISTED=self.listed,
+            BR=rows, BC=t.block_c, BH=self.block_h, LISTED=self.listed,
             REFINED=self.refined, MASKED=self.masked, DELTA=self.delta, COSINE=self.cosine, RAW=self.raw, DOUBLE=self.double,
             SPLIT=self.split, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
@@ -213,90 +214,78 @@ def _launch_backward(
     if q.batch == 0:
         return outputs
     match, second, mid = match.contiguous(), second.contiguous(), mid.contiguous()
-    # The key's own gradient through a refinement is the paper's ablation: not worth a fused kernel.
-    fused = q.short is not None and (need_weights or need_refined or need_key) and not (need_key and q.refined)
-    (_backward_short if fused else _backward_long)(
-        q, grad_tokens, grad_size, tokens, merged_size.contiguous(), match, second, mid, outputs, *needs
-    )
+    _backward(q, grad_tokens, grad_size, tokens, merged_size.contiguous(), match, second, mid, outputs, *needs)
     return outputs
 
 
-def _backward_long(
+def _backward(
     q: _Problem, grad_tokens: Tensor, grad_size: Tensor | None, tokens: Tensor, merged_size: Tensor, match: Tensor,
     second: Tensor, mid: Tensor, outputs: tuple, need_x: bool, need_size: bool, need_weights: bool, need_refined: bool,
     need_key: bool,
 ) -> None:  # fmt: skip
     grad_x, grad_in_size, grad_down, grad_up, grad_refined, grad_key = outputs
     t = q.tiles
-    sized, with_size = q.size is not None, grad_size is not None
+    keys = (need_weights or need_refined or need_key) and q.num_a > 0
+    spread = _cdiv(q.merged + q.num_a, _SPREAD_ROWS) if need_x or need_size else 0
     p_grad_size = grad_tokens if grad_size is None else grad_size
     s_gs = (0, 0) if grad_size is None else grad_size.stride()[:2]
-    warp = {"num_warps": t.warps, "num_stages": t.stages}
-    if need_x or need_size:
+    outside = (*grad_tokens.stride(), *s_gs, *q.s_x, *q.s_size, *tokens.stride())
+    spreading = {
+        "BR": _SPREAD_ROWS, "LISTED": q.listed, "SIZED": q.size is not None, "GRAD_SIZE": grad_size is not None,
+        "NEED_X": need_x, "NEED_SIZE": need_size,
+    }  # fmt: skip
+    if spread and not (keys and q.short is not None):
         _launch(
-            long.spread_gradient_kernel, (q.batch * _cdiv(q.merged + q.num_a, _SPREAD_ROWS),),
+            long.spread_gradient_kernel, (q.batch * spread,),
             grad_tokens, p_grad_size, q.x, q.p_size, tokens, merged_size, match, q.p_a, q.p_b, grad_x, grad_in_size,
-            *grad_tokens.stride(), *s_gs, *q.s_x, *q.s_size, *tokens.stride(), q.num_a, q.merged, q.prefix, q.width, q.dim,
-            BR=_SPREAD_ROWS, BD=q.spread_columns, LISTED=q.listed, SIZED=sized, GRAD_SIZE=with_size, NEED_X=need_x, NEED_SIZE=need_size,
-            DOUBLE=q.double, num_warps=4,
+            *outside, q.num_a, q.merged, q.prefix, q.width, q.dim,
+            BD=q.spread_columns, DOUBLE=q.double, **spreading, num_warps=4,
         )  # fmt: skip
-    if not (need_weights or need_refined or need_key) or q.num_a == 0:
+    if not keys:
         return
 
     prepared, norm = q.prepare()
-    gamma, share = q.new(q.batch, q.num_b), q.new(q.batch, q.num_a)
-    unit_grad = q.new(q.batch, q.rows, q.channels)
+    gamma = q.new(q.batch, q.num_b)
     _launch(
         long.merged_size_gradient, (q.batch * _cdiv(q.num_b, 16),),
         grad_tokens, p_grad_size, tokens, merged_size, gamma, *grad_tokens.stride(), *s_gs, *tokens.stride(),
-        q.num_b, q.merged, q.prefix, q.dim, BR=16, BD=q.spread_columns, GRAD_SIZE=with_size,
-        DOUBLE=q.double, num_warps=4,
+        q.num_b, q.merged, q.prefix, q.dim, BR=16, BD=q.spread_columns, GRAD_SIZE=grad_size is not None, DOUBLE=q.double,
+        num_warps=4,
     )  # fmt: skip
-    flags = {"LISTED": q.listed, "COSINE": q.cosine, "DOUBLE": q.double, "SPLIT": q.split}
-    c_blocks = _cdiv(q.channels, t.block_c)
-    for kernel, blocks in ((long.row_pass, _cdiv(q.num_a, t.block_a)), (long.column_pass, _cdiv(q.num_b, t.block_b))):
-        _launch(
-            kernel, (q.batch * blocks, c_blocks),
-            grad_tokens, q.x, q.p_size, merged_size, gamma, prepared, norm, match, second, mid, q.p_a, share, unit_grad,
-            *grad_tokens.stride(), *q.s_x, *q.s_size, q.num_a, q.num_b, q.prefix, q.width, q.dim, q.channels,
-            BA=t.block_a, BB=t.block_b, BC=t.block_c, BD=t.block_d, SIZED=sized, **flags, **warp,
-        )  # fmt: skip
-    rows = q.row_block
-    block_h = min(t.block_c, configs.next_power(max(q.hidden, 1)))
-    adapter = (*q.key.stride(), *q.s_down, *q.s_up, *q.s_mask)
-    sizes = (q.num_a, q.rows, q.prefix, q.width, q.channels, q.heads, q.hidden, *q.scale)
-    _launch(
-        long.key_gradient, (q.batch * _cdiv(q.prefix + q.rows, rows),),
-        unit_grad, prepared, norm, q.key, q.p_down, q.p_up, q.p_mask, q.p_a, q.p_b, grad_refined, grad_key, *adapter, *sizes,
-        BR=rows, BC=t.block_c, BH=block_h, REFINED=q.refined, MASKED=q.masked, NEED_REFINED=need_refined, NEED_KEY=need_key,
-        **flags, **warp,
-    )  # fmt: skip
-    if need_weights:
-        _weights(q, unit_grad, grad_down, grad_up)
-
-
-def _backward_short(
-    q: _Problem, grad_tokens: Tensor, grad_size: Tensor | None, tokens: Tensor, merged_size: Tensor, match: Tensor,
-    second: Tensor, mid: Tensor, outputs: tuple, need_x: bool, need_size: bool, need_weights: bool, need_refined: bool,
-    need_key: bool,
-) -> None:  # fmt: skip
-    grad_x, grad_in_size, grad_down, grad_up, grad_refined, grad_key = outputs
-    config = q.arch.backward[q.x.element_size(), q.short]
-    spread = _cdiv(q.merged + q.num_a, _SPREAD_ROWS) if need_x or need_size else 0
     unit_grad = q.new(q.batch, q.rows, q.channels)
-    prepared = unit_grad if q.raw else q.new(q.batch, q.rows, q.channels)
-    inverse = q.new(q.batch, q.rows) if q.cosine else unit_grad
+    partial, parts = unit_grad, 0
+    if q.short is not None:
+        config = q.arch.backward[q.x.element_size(), q.short]
+        block_a = min(config.block_a, configs.next_power(q.num_a))
+        parts = _cdiv(q.num_a, block_a)
+        partial = q.new(q.batch, parts, q.num_b, q.channels)
+        _launch(
+            short.backward_short, (q.batch * (parts + spread),),
+            grad_tokens, p_grad_size, q.x, q.p_size, q.p_a, q.p_b, tokens, merged_size, match, second, mid,
+            prepared, norm, gamma, grad_x, grad_in_size, unit_grad, partial, *outside,
+            q.num_a, q.num_b, q.prefix, q.width, q.dim, q.channels, parts, spread,
+            BA=block_a, BB=q.short, BC=configs.next_power(q.channels), BD=config.block_d, BS=q.spread_columns,
+            COSINE=q.cosine, SPLIT=q.split, **spreading, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    else:
+        share = q.new(q.batch, q.num_a)
+        c_blocks = _cdiv(q.channels, t.block_c)
+        for kernel, blocks in ((long.row_pass, _cdiv(q.num_a, t.block_a)), (long.column_pass, _cdiv(q.num_b, t.block_b))):
+            _launch(
+                kernel, (q.batch * blocks, c_blocks),
+                grad_tokens, q.x, q.p_size, merged_size, gamma, prepared, norm, match, second, mid, q.p_a, share, unit_grad,
+                *grad_tokens.stride(), *q.s_x, *q.s_size, q.num_a, q.num_b, q.prefix, q.width, q.dim, q.channels,
+                BA=t.block_a, BB=t.block_b, BC=t.block_c, BD=t.block_d, LISTED=q.listed, SIZED=q.size is not None,
+                COSINE=q.cosine, DOUBLE=q.double, SPLIT=q.split, num_warps=t.warps, num_stages=t.stages,
+            )  # fmt: skip
     _launch(
-        short.backward_short, (q.batch * (1 + spread),),
-        grad_tokens, grad_tokens if grad_size is None else grad_size, q.x, q.key, q.p_size, q.p_down, q.p_up, q.p_mask,
-        q.p_delta, q.p_a, q.p_b, tokens, merged_size, match, second, mid, grad_x, grad_in_size, grad_refined, grad_key,
-        prepared, inverse, unit_grad,
-        *grad_tokens.stride(), *((0, 0) if grad_size is None else grad_size.stride()[:2]), *q.s_x, *q.key.stride(), *q.s_size,
-        *tokens.stride(), *q.s_down, *q.s_up, *q.s_mask, *q.s_delta,
-        q.num_a, q.num_b, q.prefix, q.width, q.dim, q.channels, q.heads, q.hidden, *q.scale, spread,
-        BA=min(config.block_a, configs.next_power(q.num_a)), BD=config.block_d, BR=_SPREAD_ROWS, BS=q.spread_columns, BK=32,
-        GRAD_SIZE=grad_size is not None, NEED_X=need_x, NEED_SIZE=need_size, NEED_REFINED=need_refined, NEED_KEY=need_key,
-        **q.short_flags(), num_warps=config.warps, num_stages=config.stages,
+        long.key_gradient, (q.batch * _cdiv(q.prefix + q.rows, q.row_block),),
+        unit_grad, partial, prepared, norm, q.key, q.p_down, q.p_up, q.p_mask, q.p_a, q.p_b, grad_refined, grad_key,
+        *q.key.stride(), *q.s_down, *q.s_up, *q.s_mask,
+        q.num_a, q.rows, q.prefix, q.width, q.channels, q.heads, q.hidden, *q.scale, parts,
+        BR=q.row_block, BC=t.block_c, BH=q.block_h, PARTS=parts > 0, LISTED=q.listed, REFINED=q.refined, MASKED=q.masked,
+        COSINE=q.cosine, NEED_REFINED=need_refined, NEED_KEY=need_key, DOUBLE=q.double, SPLIT=q.split, num_warps=t.warps,
+        num_stages=t.stages,
     )  # fmt: skip
     if need_weights:
         _weights(q, unit_grad, grad_down, grad_up)
@@ -306,14 +295,13 @@ def _weights(q: _Problem, refined_grad: Tensor, grad_down: Tensor, grad_up: Tens
     """dW_down and dW_up from dk': every program sums some rows of one image, then the sums are added up in a fixed order."""
     t = q.tiles
     rows_per_program = 512
-    block_h = min(t.block_c, configs.next_power(q.hidden))
     pieces = q.batch * _cdiv(q.rows, rows_per_program)
     partial = q.new(pieces, 2, q.channels, q.hidden)
     _launch(
-        long.weight_partials, (pieces, _cdiv(q.hidden, block_h), _cdiv(q.channels, t.block_c)),
+        long.weight_partials, (pieces, _cdiv(q.hidden, q.block_h), _cdiv(q.channels, t.block_c)),
         refined_grad, q.key, q.p_down, q.p_up, q.p_mask, q.p_a, q.p_b, partial, *q.key.stride(), *q.s_down, *q.s_up, *q.s_mask,
         q.num_a, q.rows, q.prefix, q.width, q.channels, q.heads, q.hidden, *q.scale, rows_per_program,
-        BR=q.row_block, BC=t.block_c, BH=block_h, LISTED=q.listed, MASKED=q.masked, DOUBLE=q.double, SPLIT=q.split,
+        BR=q.row_block, BC=t.block_c, BH=q.block_h, LISTED=q.listed, MASKED=q.masked, DOUBLE=q.double, SPLIT=q.split,
         num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     _launch(

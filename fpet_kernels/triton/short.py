@@ -1,7 +1,8 @@
-"""Fused kernels for short grids (up to 256 sources and 256 destinations): one launch forward, one backward.
+"""Fused kernels for short grids: up to 256 sources and 256 destinations.
 
-The scores of one block of sources against all destinations live in registers and never leave the chip. Blocks of sources
-follow one another; at up to 128 sources there is one block (ONE), and the match stays in registers too.
+The scores of one block of sources against all destinations live in registers and never leave the chip. Forward: one launch;
+blocks of sources follow one another, and at up to 128 sources there is one block (ONE) whose match stays in registers too.
+Backward: dx, dsize and dk̂ in one launch, between the tiled kernels that prepare keys and finish dk'.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from .primitives import (
     inverse_norm,
     load_key,
     load_matrix,
-    row_token,
     second_column,
     soft_slope,
     source_token,
@@ -240,183 +240,95 @@ def merge_short(
 
 
 @triton.jit
-def _key_rows(
-    p_key, p_prepared, stride_key_n, stride_key_c, tokens, rows, channels, TRANSPOSED: tl.constexpr, mask,
-    BC: tl.constexpr, RAW: tl.constexpr,
-):  # fmt: skip
-    """k' of some rows [rows, C], or [C, rows]: from where the program put it, or the 16-bit key itself."""
-    c = tl.arange(0, BC).to(tl.int64)
-    if RAW:
-        row_at = tokens * stride_key_n
-        column_at = c * stride_key_c
-        base = p_key
-    else:
-        row_at = rows.to(tl.int64) * channels
-        column_at = c
-        base = p_prepared
-    if TRANSPOSED:
-        return tl.load(base + row_at[None, :] + column_at[:, None], mask=mask[None, :] & (c < channels)[:, None], other=0.0)
-    else:
-        return tl.load(base + row_at[:, None] + column_at[None, :], mask=mask[:, None] & (c < channels)[None, :], other=0.0)
-
-
-@triton.jit
 def backward_short(
-    p_grad, p_grad_size, p_x, p_key, p_size, p_down, p_up, p_mask, p_delta, p_split_a, p_split_b, p_tokens, p_merged_size,
-    p_match, p_second, p_mid, p_grad_x, p_grad_in_size, p_grad_refined, p_grad_key, p_prepared, p_inverse, p_unit_grad,
+    p_grad, p_grad_size, p_x, p_size, p_split_a, p_split_b, p_tokens, p_merged_size, p_match, p_second, p_mid,
+    p_prepared, p_norm, p_gamma, p_grad_x, p_grad_in_size, p_unit_grad, p_partial,
     stride_grad_b, stride_grad_e, stride_grad_d, stride_gs_b, stride_gs_e, stride_x_b, stride_x_n, stride_x_d,
-    stride_key_b, stride_key_h, stride_key_n, stride_key_c, stride_size_b, stride_size_n,
-    stride_tok_b, stride_tok_e, stride_tok_d,
-    stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_b, stride_mask_n, stride_mask_h,
-    stride_delta_b, stride_delta_n, stride_delta_c,
-    num_a, num_b, prefix, width, dim, channels, heads, hidden, scale_high, scale_low, spread_programs,
-    BA: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
-    BS: tl.constexpr, BK: tl.constexpr, LISTED: tl.constexpr, SIZED: tl.constexpr, GRAD_SIZE: tl.constexpr,
-    REFINED: tl.constexpr, MASKED: tl.constexpr, DELTA: tl.constexpr, COSINE: tl.constexpr, RAW: tl.constexpr,
-    SPLIT: tl.constexpr, NEED_X: tl.constexpr, NEED_SIZE: tl.constexpr, NEED_REFINED: tl.constexpr, NEED_KEY: tl.constexpr,
+    stride_size_b, stride_size_n, stride_tok_b, stride_tok_e, stride_tok_d,
+    num_a, num_b, prefix, width, dim, channels, blocks, spread_programs,
+    BA: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
+    LISTED: tl.constexpr, SIZED: tl.constexpr, GRAD_SIZE: tl.constexpr, COSINE: tl.constexpr, SPLIT: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Of an image's 1 + ``spread_programs`` programs the first does the key path down to dk', the others dx and dsize.
+    """Of an image's programs, ``blocks`` take BA sources each against all destinations, the rest do dx and dsize.
 
-    Neighbours in the launch share G, x and y of their image through the L2 cache. The key path goes through memory of its own
-    (k', 1 / max(‖k'‖, ε), dk̂, then dk' over it: (N_A + N_B) × C, in the L2 cache) between its steps, so that the registers
-    hold one step at a time. What the refinement's weights get is left to ``weight_partials``.
+    The first give dk̂ of their sources and their part of dk̂ of the destinations, (blocks, N_B, C) per image. Neighbours in
+    the launch share G and x of their image through the L2 cache. One block a program, not a loop over blocks: what a
+    compiler moves out of such a loop fills the registers.
     """
     merged = prefix + num_b
     rows = num_a + num_b
-    b = (tl.program_id(0) // (1 + spread_programs)).to(tl.int64)
-    role = tl.program_id(0) % (1 + spread_programs)
-    if role > 0:
+    b = (tl.program_id(0) // (blocks + spread_programs)).to(tl.int64)
+    role = tl.program_id(0) % (blocks + spread_programs)
+    if role >= blocks:
         spread_gradient(
             p_grad, p_grad_size, p_x, p_size, p_tokens, p_merged_size, p_match, p_split_a, p_split_b, p_grad_x, p_grad_in_size,
             stride_grad_b, stride_grad_e, stride_grad_d, stride_gs_b, stride_gs_e, stride_x_b, stride_x_n, stride_x_d,
             stride_size_b, stride_size_n, stride_tok_b, stride_tok_e, stride_tok_d, num_a, merged, prefix, width, dim,
-            b.to(tl.int32) * spread_programs + role - 1, BR, BS, LISTED, SIZED, GRAD_SIZE, NEED_X, NEED_SIZE, False,
+            b.to(tl.int32) * spread_programs + role - blocks, BR, BS, LISTED, SIZED, GRAD_SIZE, NEED_X, NEED_SIZE, False,
         )  # fmt: skip
     else:
-        scale = split_scalar(scale_high, scale_low, False)
-        tokens_in = merged + num_a
         p_grad += b * stride_grad_b
         p_x += b * stride_x_b
-        p_key += b * stride_key_b
         p_size += b * stride_size_b
-        p_tokens += b * stride_tok_b
-        p_mask += b * stride_mask_b
-        p_delta += b * stride_delta_b
-        p_match += b * num_a
-        p_second += b * num_a
-        p_mid += b * num_a
-        p_grad_refined += b * tokens_in * channels
-        p_grad_key += b * tokens_in * channels
         p_prepared += b * rows * channels
+        p_norm += b * rows
         p_unit_grad += b * rows * channels
-        p_inverse += b * rows
+        p_partial += (b * blocks + role) * num_b * channels
+        i = role * BA + tl.arange(0, BA)
+        j = tl.arange(0, BB)
+        a_mask = i < num_a
+        b_mask = j < num_b
+        token_a = source_token(i, a_mask, p_split_a, prefix, width, LISTED)
+        e = (prefix + j).to(tl.int64)
+        grad_m = tl.zeros((BA, BB), tl.float32)  # G_j · x_i, then dM
+        for d_start in range(0, dim, BD):
+            d = (d_start + tl.arange(0, BD)).to(tl.int64)
+            d_mask = d < dim
+            x = tl.load(
+                p_x + token_a[:, None] * stride_x_n + d[None, :] * stride_x_d, mask=a_mask[:, None] & d_mask[None, :], other=0.0
+            )
+            grad = tl.load(
+                p_grad + e[None, :] * stride_grad_e + d[:, None] * stride_grad_d, mask=b_mask[None, :] & d_mask[:, None], other=0.0
+            )
+            grad_m = exact_dot(x, grad, grad_m, SPLIT)
+
+        # The same columns again. The zero, unknown to the compiler, keeps it from working out their addresses ahead of the
+        # loop, in the layout of the scores, and carrying them through in registers.
+        j = tl.arange(0, BB) + num_b // 1024
+        b_mask = j < num_b
+        inverse_n = 1.0 / tl.load(p_merged_size + b * merged + prefix + j, mask=b_mask, other=1.0)
+        gamma = tl.load(p_gamma + b * num_b + j, mask=b_mask, other=0.0)
+        grad_m = grad_m * inverse_n[None, :] + gamma[None, :]
+        if SIZED:
+            grad_m = grad_m * _row_sizes(p_size, stride_size_n, token_a, a_mask, SIZED)[:, None]
+
         c = tl.arange(0, BC)
         c_mask = c < channels
+        at_a = i[None, :] * channels + c[:, None]
+        at_b = j[None, :] * channels + c[:, None]
+        mask_a = a_mask[None, :] & c_mask[:, None]
+        mask_b = b_mask[None, :] & c_mask[:, None]
+        key_a = tl.load(p_prepared + at_a, mask=mask_a, other=0.0)  # [BC, BA]
+        key_b = tl.load(p_prepared + num_a * channels + at_b, mask=mask_b, other=0.0)  # [BC, BB]
+        scores = exact_dot(tl.trans(key_a), key_b, tl.zeros((BA, BB), tl.float32), SPLIT)
+        if COSINE:
+            inverse_a = inverse_norm(tl.load(p_norm + i, mask=a_mask, other=1.0))
+            inverse_b = inverse_norm(tl.load(p_norm + num_a + j, mask=b_mask, other=1.0))
+            scores = scores * inverse_a[:, None] * inverse_b[None, :]
+        mid = tl.load(p_mid + b * num_a + i, mask=a_mask, other=0.0)
+        grad_s = tl.where(a_mask[:, None] & b_mask[None, :], grad_m * soft_slope(scores, mid[:, None]), 0.0)
+        # The mean of the two best takes half of the row's sum from each of them.
+        share = tl.sum(grad_s, axis=1) / 2
+        best = tl.load(p_match + b * num_a + i, mask=a_mask, other=0).to(tl.int32) - prefix
+        second = tl.load(p_second + b * num_a + i, mask=a_mask, other=0).to(tl.int32) - prefix
+        is_two = (best[:, None] == j[None, :]) | (second[:, None] == j[None, :])
+        grad_s = tl.where(is_two, grad_s - share[:, None], grad_s)
 
-        # 1. k' of all rows
-        if COSINE or not RAW:
-            for start in range(0, rows, BK):
-                r = start + tl.arange(0, BK)
-                row_mask = r < rows
-                token = row_token(r, num_a, rows, p_split_a, p_split_b, prefix, width, LISTED)
-                refined, inverse = _refined_key(
-                    p_key, p_delta, p_down, p_up, p_mask, stride_key_h, stride_key_n, stride_key_c, stride_delta_n,
-                    stride_delta_c, stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_n, stride_mask_h,
-                    token, row_mask, channels, heads, hidden, scale, BC, BH, REFINED, MASKED, DELTA, COSINE, RAW, SPLIT,
-                )  # fmt: skip
-                if not RAW:
-                    tl.store(p_prepared + r[:, None] * channels + c[None, :], refined, mask=row_mask[:, None] & c_mask[None, :])
-                if COSINE:
-                    tl.store(p_inverse + r, inverse, mask=row_mask)
-            tl.debug_barrier()
-
-        # 2. dk̂: all destinations against one block of sources after the other
-        j = tl.arange(0, BB)
-        b_mask = j < num_b
-        e = (prefix + j).to(tl.int64)
-        token_b = destination_token(j, b_mask, p_split_b, prefix, width, LISTED)
-        for start in range(0, num_a, BA):
-            i = start + tl.arange(0, BA)
-            a_mask = i < num_a
-            token_a = source_token(i, a_mask, p_split_a, prefix, width, LISTED)
-            grad_m = tl.zeros((BA, BB), tl.float32)  # G_j · x_i, then dM
-            dot = tl.zeros((BB,), tl.float32)  # G_j · y_j
-            for d_start in range(0, dim, BD):
-                d = (d_start + tl.arange(0, BD)).to(tl.int64)
-                d_mask = d < dim
-                x = tl.load(
-                    p_x + token_a[:, None] * stride_x_n + d[None, :] * stride_x_d,
-                    mask=a_mask[:, None] & d_mask[None, :], other=0.0,
-                )  # fmt: skip
-                mask = b_mask[:, None] & d_mask[None, :]
-                grad = tl.load(p_grad + e[:, None] * stride_grad_e + d[None, :] * stride_grad_d, mask=mask, other=0.0)
-                y = tl.load(p_tokens + e[:, None] * stride_tok_e + d[None, :] * stride_tok_d, mask=mask, other=0.0)
-                dot += tl.sum(grad.to(tl.float32) * y.to(tl.float32), axis=1)
-                grad_m = exact_dot(x, tl.trans(grad), grad_m, SPLIT)
-            n = tl.load(p_merged_size + b * merged + e, mask=b_mask, other=1.0).to(tl.float32)
-            if GRAD_SIZE:
-                gamma = tl.load(p_grad_size + b * stride_gs_b + e * stride_gs_e, mask=b_mask, other=0.0).to(tl.float32)
-                grad_m = (grad_m - dot[None, :]) / n[None, :] + gamma[None, :]
-            else:
-                grad_m = (grad_m - dot[None, :]) / n[None, :]
-            if SIZED:
-                grad_m = grad_m * _row_sizes(p_size, stride_size_n, token_a, a_mask, SIZED)[:, None]
-
-            key_a = _key_rows(p_key, p_prepared, stride_key_n, stride_key_c, token_a, i, channels, True, a_mask, BC, RAW)
-            key_b = _key_rows(p_key, p_prepared, stride_key_n, stride_key_c, token_b, num_a + j, channels, True, b_mask, BC, RAW)
-            scores = exact_dot(tl.trans(key_a), key_b, tl.zeros((BA, BB), tl.float32), SPLIT)
-            if COSINE:
-                inverse_a = tl.load(p_inverse + i, mask=a_mask, other=1.0)
-                inverse_b = tl.load(p_inverse + num_a + j, mask=b_mask, other=1.0)
-                scores = scores * inverse_a[:, None] * inverse_b[None, :]
-            mid = tl.load(p_mid + i, mask=a_mask, other=0.0)
-            grad_s = tl.where(a_mask[:, None] & b_mask[None, :], grad_m * soft_slope(scores, mid[:, None]), 0.0)
-            # The mean of the two best takes half of the row's sum from each of them.
-            share = tl.sum(grad_s, axis=1) / 2
-            best = tl.load(p_match + i, mask=a_mask, other=0).to(tl.int32) - prefix
-            second = tl.load(p_second + i, mask=a_mask, other=0).to(tl.int32) - prefix
-            is_two = (best[:, None] == j[None, :]) | (second[:, None] == j[None, :])
-            grad_s = tl.where(is_two, grad_s - share[:, None], grad_s)
-
-            # Transposed products: ds as the right factor comes from shared memory, as the left one it would fill registers.
-            to_a, to_b = grad_s, grad_s
-            if COSINE:
-                to_a, to_b = grad_s * inverse_b[None, :], grad_s * inverse_a[:, None]
-            unit_grad = exact_dot(key_b, tl.trans(to_a), tl.zeros((BC, BA), tl.float32), SPLIT)
-            tl.store(p_unit_grad + i[None, :] * channels + c[:, None], unit_grad, mask=a_mask[None, :] & c_mask[:, None])
-            at = p_unit_grad + (num_a + j)[None, :] * channels + c[:, None]
-            mask = b_mask[None, :] & c_mask[:, None]
-            unit_grad = tl.load(at, mask=mask & (start > 0), other=0.0)  # what the blocks before this one gave
-            tl.store(at, exact_dot(key_a, to_b, unit_grad, SPLIT), mask=mask)
-            tl.debug_barrier()
-
-        # 3. dk' = (dk̂ − k̂ (k̂ · dk̂)) / ‖k'‖
-        for start in range(0, rows, BK):
-            r = start + tl.arange(0, BK)
-            row_mask = r < rows
-            token = row_token(r, num_a, rows, p_split_a, p_split_b, prefix, width, LISTED)
-            mask = row_mask[:, None] & c_mask[None, :]
-            at = r[:, None] * channels + c[None, :]
-            grad = tl.load(p_unit_grad + at, mask=mask, other=0.0)
-            if COSINE:
-                key = _key_rows(p_key, p_prepared, stride_key_n, stride_key_c, token, r, channels, False, row_mask, BC, RAW)
-                inverse = tl.load(p_inverse + r, mask=row_mask, other=1.0)
-                unit = key.to(tl.float32) * inverse[:, None]
-                # A norm at its floor is a constant, and nothing flows through it.
-                along = tl.where(inverse < 1e12, tl.sum(unit * grad, axis=1), 0.0)
-                grad = (grad - unit * along[:, None]) * inverse[:, None]
-                tl.store(p_unit_grad + at, grad, mask=mask)
-            out = token[:, None] * channels + c[None, :]
-            if NEED_REFINED:
-                store(p_grad_refined + out, grad, mask)
-            if NEED_KEY:
-                store(p_grad_key + out, grad / heads, mask)
-        if NEED_REFINED or NEED_KEY:  # a prefix token has no say in the matching
-            for start in range(0, prefix, 16):
-                token = start + tl.arange(0, 16)
-                at = token.to(tl.int64)[:, None] * channels + c[None, :]
-                mask = (token < prefix)[:, None] & c_mask[None, :]
-                if NEED_REFINED:
-                    store(p_grad_refined + at, tl.zeros((16, BC), tl.float32), mask)
-                if NEED_KEY:
-                    store(p_grad_key + at, tl.zeros((16, BC), tl.float32), mask)
+        # Transposed products: ds as the right factor comes from shared memory, as the left one it would fill registers.
+        to_a, to_b = grad_s, grad_s
+        if COSINE:
+            to_a, to_b = grad_s * inverse_b[None, :], grad_s * inverse_a[:, None]
+        unit_grad = exact_dot(key_b, tl.trans(to_a), tl.zeros((BC, BA), tl.float32), SPLIT)
+        tl.store(p_unit_grad + at_a, unit_grad, mask=mask_a)
+        tl.store(p_partial + at_b, exact_dot(key_a, to_b, tl.zeros((BC, BB), tl.float32), SPLIT), mask=mask_b)
