@@ -20,10 +20,9 @@ if missing or not BENCHMARKS.is_dir():
     pytest.skip(why, allow_module_level=True)
 
 sys.path.insert(0, str(BENCHMARKS))
+import fpet  # noqa: E402
 import model_latency as bench  # noqa: E402
 import timing  # noqa: E402
-
-import fpet  # noqa: E402
 from fpet_kernels import Split  # noqa: E402
 
 CPU = torch.device("cpu")
