@@ -40,8 +40,8 @@ class PretrainingData:
             return task.images, task.labels
         chosen = torch.randint(len(self._digits), (count,), generator=generator)
         random = torch.rand(count, 4, generator=generator)
-        side = 0.5 + 0.4 * random[:, 0]  # of the image's
-        angle = (random[:, 1] - 0.5) * (math.pi / 6)
+        side = 0.7 + 0.3 * random[:, 0]  # of the image's
+        angle = (random[:, 1] - 0.5) * (math.pi / 9)
         shift = (random[:, 2:] * 2 - 1) * (1 - side)[:, None]
         cos, sin = angle.cos() / side, angle.sin() / side
         matrix = torch.stack((torch.stack((cos, sin), -1), torch.stack((-sin, cos), -1)), 1)
