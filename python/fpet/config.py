@@ -62,7 +62,7 @@ class Config:
     model: str = _option(EMBEDDED_MODEL, "timm's name of the backbone, or 'embedded' for a tiny one pre-trained here")
     weights: str | None = _option(None, "file with the backbone's weights; none: timm's pre-trained ones")
     pretrained: bool = _option(True, "load pre-trained weights; without, the backbone is random")
-    pretrain_steps: int = _option(500, "steps of 64 images in which the embedded backbone is pre-trained")
+    pretrain_steps: int = _option(600, "steps of 48 images in which the embedded backbone is pre-trained")
 
     method: str = _option("adaptformer", "tuning method", tuple(METHODS))
     hidden_dim: int | None = _option(None, "width of its bottleneck; none: the method's own")
@@ -72,7 +72,7 @@ class Config:
 
     reduction: str = _option("fpet", "what becomes of the tokens", tuple(REDUCTIONS))
     layer: int | None = _option(None, "0-based block that merges; none: the middle one")
-    r: int = _option(8, "pairs that ToMe merges in each block")
+    tome_r: int = _option(8, "pairs that ToMe merges in each block")
     refinement_dropout: float = _option(0.1, "in the refinement of the keys")
     refine: bool = _option(True, "train the refinement of the keys; without, it stays as initialised")
 
@@ -101,11 +101,11 @@ class Config:
     checkpoint_steps: int | None = _option(None, "steps between further checkpoints within an epoch")
     keep_checkpoints: int = _option(2, "how many of the newest checkpoints stay")
     resume: bool = _option(True, "go on where the folder's newest checkpoint was written; without, it must hold none")
-    log: str = _option("csv", "where numbers go besides the screen", ("csv", "tensorboard"))
+    logger: str = _option("csv", "where numbers go besides the screen", ("csv", "tensorboard"))
     progress: bool = _option(True, "progress bars")
 
     FREE = (
-        "data_dir", "device", "workers", "output", "checkpoint_epochs", "checkpoint_steps", "keep_checkpoints", "resume", "log",
+        "data_dir", "device", "workers", "output", "checkpoint_epochs", "checkpoint_steps", "keep_checkpoints", "resume", "logger",
         "progress", "eval_batch_size",
     )  # fmt: skip
 
@@ -130,7 +130,7 @@ class Config:
 
         for name in (
             "image_size", "train_count", "test_count", "epochs", "batch_size", "eval_batch_size", "accumulate",
-            "checkpoint_epochs", "keep_checkpoints", "pretrain_steps", "r",
+            "checkpoint_epochs", "keep_checkpoints", "pretrain_steps", "tome_r",
         ):  # fmt: skip
             expect(getattr(self, name) >= 1, name, "at least 1")
         for name in ("lr", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr"):
@@ -153,8 +153,8 @@ class Config:
             expect(self.image_size == 32, "image_size", "32 for the embedded model")
         if self.weights is not None:
             expect(Path(self.weights).is_file(), "weights", "a file")
-        if self.log == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-            wrong.append("log: 'tensorboard' needs the package tensorboard, which is not installed")
+        if self.logger == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+            wrong.append("logger: 'tensorboard' needs the package tensorboard, which is not installed")
         if self.device not in ("auto", "cpu", "cuda"):
             wrong.append(f"device: expected 'auto', 'cpu' or 'cuda', got {self.device!r}")
         elif self.device == "cuda":

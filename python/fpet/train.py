@@ -163,7 +163,7 @@ def reduce_tokens(model: nn.Module, config: Config) -> nn.Module:
     if config.reduction == "fpet":
         has = getattr(find_model(model).blocks[layer], "refinement", None) is not None  # type: ignore[index]
         return apply(model, layer, refinement=None if has else refinement)
-    return comparators.apply(model, config.reduction, layer, r=config.r, refinement=refinement)
+    return comparators.apply(model, config.reduction, layer, r=config.tome_r, refinement=refinement)
 
 
 def freeze_for(model: nn.Module, config: Config) -> nn.Module:
@@ -506,7 +506,7 @@ class _Run:
         )  # fmt: skip
 
     def _tensorboard(self) -> Any:
-        if self.config.log != "tensorboard" or self.rank != 0:
+        if self.config.logger != "tensorboard" or self.rank != 0:
             return None
         from torch.utils.tensorboard import SummaryWriter
 

@@ -40,7 +40,7 @@ class PretrainingData:
             return task.images, task.labels
         chosen = torch.randint(len(self._digits), (count,), generator=generator)
         random = torch.rand(count, 4, generator=generator)
-        side = 0.7 + 0.3 * random[:, 0]  # of the image's
+        side = 0.75 + 0.25 * random[:, 0]  # of the image's
         angle = (random[:, 1] - 0.5) * (math.pi / 9)
         shift = (random[:, 2:] * 2 - 1) * (1 - side)[:, None]
         cos, sin = angle.cos() / side, angle.sin() / side
@@ -52,6 +52,6 @@ class PretrainingData:
         background = 0.5 * torch.rand(count, 3, 1, 1, generator=generator)
         colour = background + 0.25 + 0.25 * torch.rand(count, 1, 1, 1, generator=generator)
         clouds = F.interpolate(torch.randn(count, 3, 4, 4, generator=generator), (size, size), mode="bicubic")
-        image = ink * colour + (1 - ink) * (background + 0.06 * clouds)
+        image = ink * colour + (1 - ink) * (background + 0.04 * clouds)
         noise = 0.02 * torch.randn(image.shape, generator=generator)
         return (image + noise).clamp(0, 1), self._labels[chosen]
