@@ -7,6 +7,7 @@ A *reducer* is called between a block's attention and its MLP. :func:`apply` giv
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -217,7 +218,7 @@ def apply(
         raise ValueError(f"r: expected at least 1, got {r}")
     if isinstance(inner, ReducedVisionTransformer):
         remove(model)
-    reducers: dict[int, Reducer] = {
+    choices: dict[str, Callable[[], dict[int, Reducer]]] = {
         "none": lambda: {},
         "bsm": lambda: {layer: Matching(checkerboard=False)},
         "bsm-checkerboard": lambda: {layer: Matching(checkerboard=True)},
@@ -225,10 +226,10 @@ def apply(
         "avg-pool": lambda: {layer: Pooling(maximum=False)},
         "max-pool": lambda: {layer: Pooling(maximum=True)},
         "tome": lambda: {i: ToMe(r) for i in range(depth)},
-    }[name]()
+    }
     patch.apply(model, None, refinement=False)
     inner.__class__ = ReducedVisionTransformer
-    inner.fpet_reducers = reducers
+    inner.fpet_reducers = choices[name]()
     if name == "fpet-no-stop":
         block = inner.blocks[layer]
         like = next(block.parameters())

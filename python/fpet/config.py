@@ -105,8 +105,8 @@ class Config:
     progress: bool = _option(True, "progress bars")
 
     FREE = (
-        "data_dir", "device", "workers", "output", "checkpoint_epochs", "checkpoint_steps", "keep_checkpoints", "resume", "logger",
-        "progress", "eval_batch_size",
+        "data_dir", "device", "workers", "output", "checkpoint_epochs", "checkpoint_steps", "keep_checkpoints", "resume",
+        "logger", "progress", "eval_batch_size",
     )  # fmt: skip
 
     def check(self, *, world_size: int = 1) -> None:

@@ -21,11 +21,11 @@ __all__ = ["Score", "add_arguments", "evaluate", "evaluate_run", "run"]
 
 
 class Score(NamedTuple):
-    """Attributes: accuracy in [0, 1]; mean cross-entropy; number of images; images per second of this process."""
+    """Attributes: accuracy in [0, 1]; mean cross-entropy; images, their number; images per second of this process."""
 
     accuracy: float
     loss: float
-    count: int
+    images: int
     images_per_second: float
 
 
@@ -111,5 +111,5 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(score._asdict()))
     else:
         speed = f"{score.images_per_second:.0f} images/s"
-        print(f"accuracy {100 * score.accuracy:.2f} % of {score.count} images, loss {score.loss:.4f}, {speed}")
+        print(f"accuracy {100 * score.accuracy:.2f} % of {score.images} images, loss {score.loss:.4f}, {speed}")
     return 0

@@ -150,7 +150,7 @@ def test_applying_another_replaces_the_first() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="name: expected one of none, bsm.*got 'magic'"):
+    with pytest.raises(ValueError, match=r"name: expected one of none, bsm.*got 'magic'"):
         comparators.apply(build(), "magic")
     with pytest.raises(ValueError, match=r"layer: expected a block index in range\(4\), got 4"):
         comparators.apply(build(), "bsm", layer=4)

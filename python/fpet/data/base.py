@@ -67,8 +67,10 @@ def batches(
         return
     pinned = device.type == "cuda"
     # A generator of its own: the loader would otherwise draw its workers' seed from the global one, which training uses.
+    source: Any = dataset
     loader: Any = DataLoader(
-        dataset, batch_sampler=list(indices), num_workers=workers, pin_memory=pinned, generator=torch.Generator()
-    )  # type: ignore[arg-type]
+        source, batch_sampler=[list(chosen) for chosen in indices], num_workers=workers, pin_memory=pinned,
+        generator=torch.Generator(),
+    )  # fmt: skip
     for images, labels in loader:
         yield Batch(images.to(device, non_blocking=pinned), labels.to(device, non_blocking=pinned))
