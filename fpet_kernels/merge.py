@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -162,6 +163,9 @@ def bdm_unmerge(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`bdm_merge`; IndexError or RuntimeError: a match outside ``[0, M)``.
     """
+    for name, value in (("tokens", tokens), ("match", match)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if tokens.dim() != 3:
         raise ValueError(f"tokens: expected (B, M, D), got shape {tuple(tokens.shape)}")
     if tokens.dtype not in _DTYPES:
@@ -212,6 +216,8 @@ def _resolve_split(
     grid_size: tuple[int, int] | None, split: Split | None, num_prefix_tokens: int
 ) -> tuple[Split | tuple[int, int], int, int]:
     """The split, or the (H, W) of its checkerboard; how many patches it has, and how many of them are sources."""
+    if not isinstance(num_prefix_tokens, int | torch.SymInt):
+        raise TypeError(f"num_prefix_tokens: expected an int, got {num_prefix_tokens!r}")
     if num_prefix_tokens < 0:
         raise ValueError(f"num_prefix_tokens: expected at least 0, got {num_prefix_tokens}")
     if (grid_size is None) == (split is None):
@@ -221,9 +227,9 @@ def _resolve_split(
         if not isinstance(split, Split):
             raise TypeError(f"split: expected a fpet_kernels.Split, got {type(split).__name__}")
         return split.grid or split, split.num_tokens, split.a.shape[0]
-    if len(grid_size) != 2:  # type: ignore[arg-type]
+    if not isinstance(grid_size, Sequence) or len(grid_size) != 2:
         raise ValueError(f"grid_size: expected (H, W), got {grid_size!r}")
-    height, width = grid_size  # type: ignore[misc]
+    height, width = grid_size
     check_sides(height=height, width=width)
     if height * width < 4:
         raise ValueError(f"grid_size: {height}×{width} has fewer than two destinations; expected at least 4 patches")
@@ -256,6 +262,8 @@ def _check_refinement(
     if not isinstance(refinement, KeyRefinement):
         raise TypeError(f"refinement: expected a fpet_kernels.KeyRefinement, got {type(refinement).__name__}")
     w_down, w_up, scale, mask = refinement
+    if not isinstance(scale, int | float):
+        raise TypeError(f"refinement.scale: expected a number, got {scale!r}")
     if not isinstance(w_down, Tensor) or w_down.dim() != 2 or w_down.shape[0] < 1:
         got = tuple(w_down.shape) if isinstance(w_down, Tensor) else type(w_down).__name__
         raise ValueError(f"refinement.w_down: expected shape (h, {channels}) with h of at least 1, got {got}")

@@ -18,10 +18,15 @@ because every kernel already computes in float32.
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import Library
-from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .split import Split
@@ -242,5 +247,33 @@ def backward_flops(
     return pair * (x_shape[-1] + 3 * key_shape[-1]) + through_refinement
 
 
-register_flop_formula(torch.ops.fpet.bdm_forward)(forward_flops)
-register_flop_formula(torch.ops.fpet.bdm_backward)(backward_flops)
+class _FlopCounterFinder(importlib.abc.MetaPathFinder):
+    """Registers the formulas once somebody imports torch.utils.flop_counter: it imports Triton, which this package must not."""
+
+    module = "torch.utils.flop_counter"
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        assert spec is not None and spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _register_flop_formulas(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _register_flop_formulas(flop_counter: ModuleType) -> None:
+    flop_counter.register_flop_formula(torch.ops.fpet.bdm_forward)(forward_flops)
+    flop_counter.register_flop_formula(torch.ops.fpet.bdm_backward)(backward_flops)
+
+
+if _FlopCounterFinder.module in sys.modules:
+    _register_flop_formulas(sys.modules[_FlopCounterFinder.module])
+else:
+    sys.meta_path.insert(0, _FlopCounterFinder())
