@@ -59,10 +59,14 @@ def _load_library() -> Status:
 _NATIVE = _load_library()
 
 
-def _find_triton() -> Status:
-    """Looks whether Triton is there without importing it."""
-    if importlib.util.find_spec("triton") is None:
-        return Status(False, "the package triton is not installed", "pip install triton")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # found, not imported
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
+_NO_TRITON = Status(False, "the package triton is not installed", "pip install triton")
+
+
+def _status_triton() -> Status:
+    if not _HAS_TRITON:
+        return _NO_TRITON
     if _INTERPRETED:
         return Status(True, "Triton kernels in Triton's interpreter (TRITON_INTERPRET=1), to debug on the CPU")
     if not (torch.cuda.is_available() or torch.xpu.is_available()):
@@ -70,18 +74,21 @@ def _find_triton() -> Status:
     return Status(True, "Triton kernels, compiled at their first call")
 
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
-_TRITON = _find_triton()
+_TOO_OLD: dict[int | None, str | None] = {}
 
 
-@torch.compiler.assume_constant_result
 def _too_old_for_triton(index: int | None) -> str | None:
     """Why the kernels don't compile for this NVIDIA GPU; None if they do."""
-    if torch.version.hip is None and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability(index)
-        if major < 8:
-            return f"compute capability {major}.{minor} has no bfloat16 matrix units; 8.0 is the first that has"
-    return None
+    if index not in _TOO_OLD:
+        major, minor = (9, 0) if torch.version.hip else torch.cuda.get_device_capability(index)
+        _TOO_OLD[index] = (
+            f"compute capability {major}.{minor} has no bfloat16 matrix units; 8.0 is the first that has" if major < 8 else None
+        )
+    return _TOO_OLD[index]
+
+
+# What torch.compiler.assume_constant_result does; calling it would import Dynamo, and with it Triton.
+_too_old_for_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton_operators() -> tuple[Any, Any]:
@@ -98,7 +105,7 @@ def status(name: str) -> Status:
     if name == "cpu":
         return _NATIVE
     if name == "triton":
-        return _TRITON
+        return _status_triton()
     raise ValueError(f"backend: expected one of {', '.join(ORDER)} or None, got {name!r}")
 
 
@@ -111,8 +118,8 @@ def refuses(name: str, x: Tensor) -> str | None:
             return f"x is on {x.device}, and this backend runs on the CPU"
         return None if _NATIVE.available else _NATIVE.reason
     if name == "triton":
-        if not _TRITON.available:
-            return _TRITON.reason
+        if not _HAS_TRITON:
+            return _NO_TRITON.reason
         if x.device.type == "cpu":
             return None if _INTERPRETED else "x is on the CPU, where Triton runs only under TRITON_INTERPRET=1"
         if x.device.type not in ("cuda", "xpu"):
