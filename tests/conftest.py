@@ -36,7 +36,10 @@ def targets(*, fused: bool = False) -> list[tuple[str, str]]:
 
 def pytest_report_header() -> list[str]:
     tested = ", ".join(f"{name} on {device}" for name, device in targets())
-    return [f"fpet_kernels {fpet_kernels.__version__}, torch {torch.__version__}, backends: {tested}", *fpet_kernels.explain().splitlines()]
+    return [
+        f"fpet_kernels {fpet_kernels.__version__}, torch {torch.__version__}, backends: {tested}",
+        *fpet_kernels.explain().splitlines(),
+    ]
 
 
 def pytest_sessionstart() -> None:

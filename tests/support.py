@@ -8,6 +8,7 @@ rounding analysis, which matters where plain PyTorch happens to hit the exact va
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -162,7 +163,9 @@ def _with_leaves(problem: Problem, wanted: tuple[str, ...]) -> tuple[Problem, li
     return replace(problem, **leaves), list(leaves.values())
 
 
-def _backward(problem: Problem, tokens: Tensor, size: Tensor, wanted: tuple[str, ...], leaves: list[Tensor]) -> dict[str, Tensor]:
+def _backward(
+    problem: Problem, tokens: Tensor, size: Tensor, wanted: tuple[str, ...], leaves: list[Tensor]
+) -> dict[str, Tensor]:
     pairs = [(tokens, problem.grad_tokens), (size, problem.grad_size)]
     pairs = [(out, grad) for out, grad in pairs if grad is not None and out.requires_grad]
     if not wanted or not pairs:
@@ -172,11 +175,14 @@ def _backward(problem: Problem, tokens: Tensor, size: Tensor, wanted: tuple[str,
     return {f"grad_{name}": grad for name, grad in zip(wanted, zeros, strict=True)}
 
 
-def run(problem: Problem, backend: str | None, wanted: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+def run(
+    problem: Problem, backend: str | None, wanted: tuple[str, ...] | None = None, around_forward: Any = nullcontext
+) -> dict[str, Tensor]:
     """Forward and backward through the public function: tokens, size, match and a grad_NAME for every wanted input."""
     wanted = problem.leaves if wanted is None else wanted
     problem, leaves = _with_leaves(problem, wanted)
-    tokens, size, match = merge(problem, backend)
+    with around_forward():
+        tokens, size, match = merge(problem, backend)
     grads = _backward(problem, tokens, size, wanted, leaves)
     return {"tokens": tokens.detach(), "size": size.detach(), "match": match, **grads}
 
@@ -185,7 +191,15 @@ def op_args(problem: Problem) -> tuple[Any, ...]:
     """The arguments of torch.ops.fpet.bdm_forward, split lists instead of the grid where no grid is given."""
     p = problem
     a, b = (None, None) if p.grid_size else p.split.on(p.x.device)
-    return (*(getattr(p, n) for n in INPUTS), a, b, *(p.grid_size or (0, 0)), p.num_prefix_tokens, p.scale, p.similarity == "cosine")
+    return (
+        *(getattr(p, n) for n in INPUTS),
+        a,
+        b,
+        *(p.grid_size or (0, 0)),
+        p.num_prefix_tokens,
+        p.scale,
+        p.similarity == "cosine",
+    )
 
 
 def backward_op_args(problem: Problem, forward: tuple[Tensor, ...], needs: tuple[bool, ...] = (True,) * 5) -> tuple[Any, ...]:
@@ -373,7 +387,9 @@ def assert_near_ties_only(problem: Problem, best: Tensor, second: Tensor) -> Non
         assert (lost <= slack).all(), f"{name}: a score smaller by {(lost - slack).max():.3g} was taken in {problem}"
 
 
-def assert_close(problem: Problem, got: dict[str, Tensor], want: dict[str, Tensor], plain: dict[str, float], bound: dict[str, Tensor]) -> None:
+def assert_close(
+    problem: Problem, got: dict[str, Tensor], want: dict[str, Tensor], plain: dict[str, float], bound: dict[str, Tensor]
+) -> None:
     """Errors of ``got`` against ``want`` (float64), judged by the second rule of this file."""
     eps = sum_epsilon(problem)
     for name, truth in want.items():
@@ -387,9 +403,9 @@ def assert_close(problem: Problem, got: dict[str, Tensor], want: dict[str, Tenso
         if wrong.any():
             worst = torch.where(wrong, error, 0).argmax()
             raise AssertionError(
-                f"{name}: {int(wrong.sum())} of {wrong.numel()} wrong; at {tuple(int(i) for i in torch.unravel_index(worst, truth.shape))} "
-                f"got {out.flatten()[worst]:.9g}, expected {truth.flatten()[worst]:.9g}, allowed error {allowed.flatten()[worst]:.3g} "
-                f"in {problem}"
+                f"{name}: {int(wrong.sum())} of {wrong.numel()} wrong; got {out.flatten()[worst]:.9g}, expected "
+                f"{truth.flatten()[worst]:.9g} at {[int(i) for i in torch.unravel_index(worst, truth.shape)]}, "
+                f"allowed error {allowed.flatten()[worst]:.3g} in {problem}"
             )
 
 

@@ -64,7 +64,9 @@ def splits(draw: st.DrawFn, most: int) -> tuple[Split, tuple[int, int] | None]:
         grid = draw(st.tuples(st.integers(2, 11), st.integers(3, 11)).filter(lambda s: s[0] * s[1] <= 2 * most))
         return second_checkerboard(*grid), None
     if kind == "3d":
-        grid3 = draw(st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)).filter(lambda s: 4 <= s[0] * s[1] * s[2] <= most))
+        grid3 = draw(
+            st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)).filter(lambda s: 4 <= s[0] * s[1] * s[2] <= most)
+        )
         return checkerboard_3d(*grid3), None
     n = draw(st.integers(3, most))  # down to no source at all
     order = torch.randperm(n, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
@@ -105,7 +107,9 @@ def problems(draw: st.DrawFn, most: int) -> Problem:
         grid_size=grid,
         num_prefix_tokens=prefix,
         size=tensor(batch, n, 1, values=torch.randint(1, 9, (batch, n, 1), generator=g)) if draw(st.booleans()) else None,
-        w_down=tensor(hidden, channels, dtype=weights, values=torch.randn(hidden, channels, generator=g) / 2) if hidden else None,
+        w_down=tensor(hidden, channels, dtype=weights, values=torch.randn(hidden, channels, generator=g) / 2)
+        if hidden
+        else None,
         w_up=tensor(channels, hidden, dtype=weights, values=torch.randn(channels, hidden, generator=g) / 2) if hidden else None,
         dropout_mask=mask,
         key_delta=tensor(batch, n, channels) if draw(st.booleans()) else None,
