@@ -44,7 +44,9 @@ class Block(nn.Module):
         x = x + value.transpose(1, 2).reshape(batch, n, dim)
         where = {"grid_size": self.grid} if self.split is None else {"split": self.split}
         refinement = KeyRefinement(self.w_down, self.w_up, 0.5)
-        tokens, size, match = bdm_merge(x, key, **where, refinement=refinement, detach_key=self.detach_key, backend=self.backend)
+        tokens, size, match = bdm_merge(
+            x, key, **where, refinement=refinement, detach_key=self.detach_key, backend=self.backend
+        )
         return bdm_unmerge(tokens + self.mlp(tokens), match, **where), size
 
 
