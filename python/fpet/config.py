@@ -64,7 +64,7 @@ class Config:
     pretrained: bool = _option(True, "load pre-trained weights; without, the backbone is random")
     pretrain_steps: int = _option(600, "steps of 48 images in which the embedded backbone is pre-trained")
 
-    method: str = _option("adaptformer", "tuning method", tuple(METHODS))
+    method: str = _option("bi-adaptformer", "tuning method", tuple(METHODS))
     hidden_dim: int | None = _option(None, "width of its bottleneck; none: the method's own")
     scale: float | None = _option(None, "s, what the method's output is multiplied by; none: the method's own")
     bits: int | None = _option(None, "of the method's weights; none: the method's own")
@@ -76,14 +76,14 @@ class Config:
     refinement_dropout: float = _option(0.1, "in the refinement of the keys")
     refine: bool = _option(True, "train the refinement of the keys; without, it stays as initialised")
 
-    epochs: int = _option(40, "passes over the training images")
+    epochs: int = _option(20, "passes over the training images")
     batch_size: int = _option(64, "images per step, over all processes and accumulated parts")
-    lr: float = _option(4e-3, "peak learning rate of AdamW")
+    lr: float = _option(1e-2, "peak learning rate of AdamW")
     weight_decay: float = _option(1e-4, "of AdamW")
-    warmup_epochs: float = _option(4.0, "epochs of linear warm-up")
+    warmup_epochs: float = _option(2.0, "epochs of linear warm-up")
     warmup_lr: float = _option(1e-6, "learning rate at the start")
     min_lr: float = _option(1e-5, "learning rate at the end")
-    drop_path: float = _option(0.1, "probability of leaving out a branch in the last block, rising linearly from 0")
+    drop_path: float = _option(0.0, "probability of leaving out a branch in the last block, rising linearly from 0")
     seed: int = _option(0, "of initialisation, order of the images and dropout")
 
     protocol: str = _option("paper", "paper: train on train and val, test at the end. honest: pick the model on val", ("paper", "honest"))  # fmt: skip  # noqa: E501

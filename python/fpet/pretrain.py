@@ -40,6 +40,8 @@ def pretrain(
 ) -> tuple[VisionTransformer, str, float]:  # fmt: skip
     """Trains :func:`embedded_backbone` from scratch on :class:`fpet.data.PretrainingData`. The global generator stays put.
 
+    The task is what the image shows, and where, how large and turned how: class by cross-entropy, the rest by squared error.
+
     Args:
         report: called after each step with its number, the loss and the accuracy on the batch.
 
@@ -50,21 +52,24 @@ def pretrain(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = embedded_backbone(data.num_classes)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02, betas=(0.9, 0.95))
+        factors_head = torch.nn.Linear(model.embed_dim, 4)
+    parameters = [*model.parameters(), *factors_head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.02, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 2), pct_start=0.1)
     for step in range(steps):
-        images, labels = data.batch(batch_size, generator)
-        scores = model(images)
-        loss = F.cross_entropy(scores, labels)
+        images, labels, factors = data.batch(batch_size, generator)
+        features = model.forward_features(images)
+        scores = model.forward_head(features)
+        loss = F.cross_entropy(scores, labels) + 2 * F.mse_loss(factors_head(features[:, 0]), factors)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         if report is not None:
             report(step, loss.item(), (scores.argmax(1) == labels).float().mean().item())
     model.eval()
-    images, labels = data.batch(1000, generator)
+    images, labels, _ = data.batch(1000, generator)
     with torch.no_grad():
         right = (model(images).argmax(1) == labels).float().mean().item()
     return model, data.source, right

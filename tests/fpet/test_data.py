@@ -68,9 +68,10 @@ def test_pretraining_digits_are_endless_and_reproducible() -> None:
     for source in ("digits", "shapes"):
         if source == "digits":
             pytest.importorskip("sklearn")
-        images, labels = (found := data.PretrainingData(source)).batch(32, g := generator())
+        images, labels, factors = (found := data.PretrainingData(source)).batch(32, g := generator())
         again = data.PretrainingData(source).batch(32, generator())
         assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
+        assert factors.shape == (32, 4) and factors.abs().max() <= 1.2
         assert images.shape == (32, 3, 32, 32) and labels.max() < found.num_classes
         assert not torch.equal(found.batch(32, g)[0], images)
 

@@ -322,7 +322,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 
 def test_another_runs_folder_is_refused(config: Config) -> None:
     train(config)
-    with pytest.raises(ConfigError, match=r"holds a run with other settings \(lr: 0.004, 0.1\)"):
+    with pytest.raises(ConfigError, match=r"holds a run with other settings \(lr: 0.01, 0.1\)"):
         train(dataclasses.replace(config, lr=0.1))
     with pytest.raises(ConfigError, match="resume is off"):
         train(dataclasses.replace(config, resume=False))
@@ -378,3 +378,11 @@ def test_presets() -> None:
     assert (paper.warmup_epochs, paper.warmup_lr, paper.min_lr, paper.drop_path) == (10, 1e-6, 1e-5, 0.1)
     assert (paper.image_size, paper.normalize, paper.layer, paper.task) == (224, "none", 6, "kitti")
     assert from_arguments(parser.parse_args([])) == Config()
+
+
+@pytest.mark.skipif("FPET_LONG_TESTS" not in os.environ, reason="takes minutes; FPET_LONG_TESTS=1 runs it")
+def test_the_default_task_is_learnt_with_merged_tokens(tmp_path: Path) -> None:
+    """One seed of what `fpet train --compare fpet,none --seeds 0,1,2,3,4` measures with five."""
+    found = compare(Config(output=str(tmp_path / "compare"), progress=False), ["fpet", "none"], [0])
+    assert found["none"][0] > 0.5
+    assert abs(found["fpet"][0] - found["none"][0]) < 0.05

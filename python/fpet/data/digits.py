@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .shapes import shapes_task
+from .shapes import SHAPE_TASKS, draw
 
 __all__ = ["PretrainingData"]
 
 
 class PretrainingData:
-    """Endless random batches: light digits in random sizes, places and turns; without scikit-learn, kinds of drawn shapes.
+    """Endless random batches: light digits of random colour, size, place and turn; without scikit-learn, drawn shapes.
 
     Attributes:
         source: "digits" or "shapes". num_classes: 10 or 6.
@@ -33,15 +33,16 @@ class PretrainingData:
             self._digits = torch.from_numpy(found.images).float()[:, None] / 16
             self._labels = torch.from_numpy(found.target).long()
 
-    def batch(self, count: int, generator: Generator, size: int = 32) -> tuple[Tensor, Tensor]:
-        """(count, 3, size, size) in [0, 1] and (count,) labels."""
+    def batch(self, count: int, generator: Generator, size: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+        """(count, 3, size, size) images in [0, 1]; (count,) labels; (count, 4) x, y, size and turn, about −1 to 1."""
         if self.source == "shapes":
-            task = shapes_task("kind", count, int(torch.randint(2**31, (), generator=generator)), size)
-            return task.images, task.labels
+            shapes, labels = SHAPE_TASKS["kind"][0](count, generator)
+            factors = torch.cat((shapes.center[:, 0] / 16 - 1, shapes.radius / 2 - 2.6, shapes.angle / math.pi - 1), 1)
+            return draw(shapes, generator, size), labels, factors
         chosen = torch.randint(len(self._digits), (count,), generator=generator)
         random = torch.rand(count, 4, generator=generator)
-        side = 0.75 + 0.25 * random[:, 0]  # of the image's
-        angle = (random[:, 1] - 0.5) * (math.pi / 9)
+        side = 0.5 + 0.4 * random[:, 0]  # of the image's
+        angle = (random[:, 1] - 0.5) * (math.pi / 3)
         shift = (random[:, 2:] * 2 - 1) * (1 - side)[:, None]
         cos, sin = angle.cos() / side, angle.sin() / side
         matrix = torch.stack((torch.stack((cos, sin), -1), torch.stack((-sin, cos), -1)), 1)
@@ -54,4 +55,5 @@ class PretrainingData:
         clouds = F.interpolate(torch.randn(count, 3, 4, 4, generator=generator), (size, size), mode="bicubic")
         image = ink * colour + (1 - ink) * (background + 0.04 * clouds)
         noise = 0.02 * torch.randn(image.shape, generator=generator)
-        return (image + noise).clamp(0, 1), self._labels[chosen]
+        factors = torch.cat((shift, random[:, :2] * 2 - 1), 1)
+        return (image + noise).clamp(0, 1), self._labels[chosen], factors
