@@ -77,7 +77,9 @@ def measure(
     take = _cuda_sampler(calls, device, graph) if device.type == "cuda" else _cpu_sampler(calls)
     samples = {name: Samples() for name in calls}
     for name in calls:  # the first sample says how many calls make a good one, and is dropped
-        estimate = min(take(name, 1) for _ in range(4))
+        estimate = take(name, 1)
+        if estimate < SAMPLE_SECONDS:
+            estimate = min(take(name, 1) for _ in range(3))
         samples[name].calls = 1 if device.type == "cuda" else max(1, min(1000, round(SAMPLE_SECONDS / max(estimate, 1e-9))))
     names, start, rounds = list(calls), time.perf_counter(), 0
     while rounds < MIN_ROUNDS or (time.perf_counter() - start < budget and rounds < MAX_ROUNDS):
