@@ -49,7 +49,7 @@ class Config:
     """
 
     data: str = _option("shapes", "family of tasks", FAMILIES)
-    task: str = _option("location", "task of the family, such as location or cifar")
+    task: str = _option("orientation", "task of the family, such as location or cifar")
     data_dir: str | None = _option(None, "folder of the data, for the families that are read from files")
     image_size: int = _option(32, "side of the images the model sees")
     normalize: str = _option("none", "per-channel normalisation of images in [0, 1]", ("none", "imagenet", "half"))

@@ -25,7 +25,7 @@ from fpet.evaluate import evaluate_run
 from fpet.train import add_arguments as add_train_arguments
 from fpet.train import build_model, compare, learning_rate, run, sweep, train
 
-TINY = dict(train_count=48, test_count=24, batch_size=16, epochs=2, warmup_epochs=1.0, progress=False)
+TINY = dict(task="location", train_count=48, test_count=24, batch_size=16, epochs=2, warmup_epochs=1.0, progress=False)
 
 
 class Stopped(Exception):
