@@ -171,7 +171,7 @@ def test_frozen_refinement_stays(config: Config) -> None:
     assert not any("refinement" in name for name in tuned(config))
 
 
-def test_accumulation_checkpointing_and_compiling_change_nothing_but_rounding(config: Config) -> None:
+def test_accumulation_and_checkpointing_change_nothing_but_rounding(config: Config) -> None:
     plain = dataclasses.replace(
         config, drop_path=0.0, dropout=0.0, refinement_dropout=0.0, lr=1e-3, epochs=1, warmup_epochs=0.0
     )
