@@ -55,8 +55,9 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    own = {name.strip() for mark in metafunc.definition.iter_markers("parametrize") for name in str(mark.args[0]).split(",")}
     for fixture, pairs in (("backend", targets()), ("fused", targets(fused=True))):
-        if fixture in metafunc.fixturenames:
+        if fixture in metafunc.fixturenames and fixture not in own:
             metafunc.parametrize((fixture, "device"), pairs, ids=[f"{name}-{device}" for name, device in pairs])
             return
     if "device" in metafunc.fixturenames:
