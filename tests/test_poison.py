@@ -88,7 +88,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
 
 
 @pytest.mark.parametrize("byte", [0x80, 0x01])
-def test_poisoned_heap(byte, backend, device, max_tokens):
+def test_poisoned_heap(byte, fused, device, max_tokens):
     """glibc fills what malloc returns with the complement of MALLOC_PERTURB_: 0x7F7F… is huge, 0xFEFE… hugely negative.
 
     It reaches workspaces and memory that does not come from PyTorch's empty.
@@ -96,7 +96,7 @@ def test_poisoned_heap(byte, backend, device, max_tokens):
     if device != "cpu" or max_tokens < 100:
         pytest.skip("the heap belongs to the CPU's kernels")
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, backend], capture_output=True, text=True, cwd=Path(__file__).parent,
+        [sys.executable, "-c", SCRIPT, fused], capture_output=True, text=True, cwd=Path(__file__).parent,
         env={**os.environ, "MALLOC_PERTURB_": str(byte)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
