@@ -234,7 +234,8 @@ def _backward(
         "BR": _SPREAD_ROWS, "LISTED": q.listed, "SIZED": q.size is not None, "GRAD_SIZE": grad_size is not None,
         "NEED_X": need_x, "NEED_SIZE": need_size,
     }  # fmt: skip
-    if spread and not (keys and q.short is not None):
+    config = q.arch.backward.get((q.x.element_size(), q.raw, q.short)) if keys and q.short is not None else None
+    if spread and config is None:
         _launch(
             long.spread_gradient_kernel, (q.batch * spread,),
             grad_tokens, p_grad_size, q.x, q.p_size, tokens, merged_size, match, q.p_a, q.p_b, grad_x, grad_in_size,
@@ -254,8 +255,7 @@ def _backward(
     )  # fmt: skip
     unit_grad = q.new(q.batch, q.rows, q.channels)
     partial, parts = unit_grad, 0
-    if q.short is not None:
-        config = q.arch.backward[q.x.element_size(), q.short]
+    if config is not None:
         block_a = min(config.block_a, configs.next_power(q.num_a))
         parts = _cdiv(q.num_a, block_a)
         partial = q.new(q.batch, parts, q.num_b, q.channels)
