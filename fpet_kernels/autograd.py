@@ -70,7 +70,7 @@ def _merge(
 def _saves_mean(
     key: Tensor, w_down: Tensor | None, w_up: Tensor | None, key_delta: Tensor | None, detach_key: bool, backend: str
 ) -> bool:
-    """Whether the backward will read the detached key: then its mean, a heads-th of it, is formed once, kept, and read instead."""
+    """Whether the backward will read the detached key: then its mean is formed once, kept, and read instead."""
     if backend != "cpu" or (key.requires_grad and not detach_key):
         return False
     return any(t is not None and t.requires_grad for t in (key_delta, w_down, w_up))
@@ -127,7 +127,7 @@ class BDMMerge(torch.autograd.Function):
 class BDMMergeTransformed(BDMMerge):
     """The same in the form that ``torch.func`` transforms need, which costs three times as much to call."""
 
-    forward = staticmethod(_merge)
+    forward = staticmethod(_merge)  # type: ignore[assignment]
     setup_context = staticmethod(_keep)
 
 

@@ -47,12 +47,13 @@ def _load_library() -> Status:
     if not path.exists():
         return Status(False, f"{_LIBRARY_NAME} was not built", rebuild)
     if tuple(int(v) for v in torch.__version__.split("+")[0].split(".")[:2]) < _MIN_TORCH:
-        return Status(False, f"torch {torch.__version__} is older than 2.10, the first with this stable ABI", "pip install -U torch")
+        why = f"torch {torch.__version__} is older than 2.10, the first with this stable ABI"
+        return Status(False, why, "pip install -U torch")
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        why = error.__cause__ or error  # the loader's own words, where torch wraps them
-        return Status(False, f"{_LIBRARY_NAME} does not load: {why}", rebuild)
+        cause = error.__cause__ or error  # the loader's own words, where torch wraps them
+        return Status(False, f"{_LIBRARY_NAME} does not load: {cause}", rebuild)
     return Status(True, f"native C++ kernels for {platform.machine()}")
 
 
@@ -70,7 +71,7 @@ def _status_triton() -> Status:
     if _INTERPRETED:
         return Status(True, "Triton kernels in Triton's interpreter (TRITON_INTERPRET=1), to debug on the CPU")
     if not (torch.cuda.is_available() or torch.xpu.is_available()):
-        return Status(False, "no GPU that Triton knows", "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, to debug them")
+        return Status(False, "no GPU that Triton knows", "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, to debug")
     return Status(True, "Triton kernels, compiled at their first call")
 
 

@@ -98,10 +98,10 @@ def bdm_merge(
             backend asked for can't run here. The message names the argument, what was expected and what came.
     """
     batch, n, channels = _check_tokens(x, key)
-    split, num_patches, _ = _resolve_split(grid_size, split, num_prefix_tokens)
+    where, num_patches, _ = _resolve_split(grid_size, split, num_prefix_tokens)
     if n != num_prefix_tokens + num_patches:
         raise ValueError(
-            f"x: expected N = {num_prefix_tokens} prefix tokens + {num_patches} of {_name(split)} "
+            f"x: expected N = {num_prefix_tokens} prefix tokens + {num_patches} of {_name(where)} "
             f"= {num_prefix_tokens + num_patches}, got N = {n}"
         )
     if similarity != "cosine" and similarity != "dot":
@@ -118,13 +118,13 @@ def bdm_merge(
     name = backends.select(x, backend)
     if name == "reference":
         tokens, merged_size, match, _, _ = bdm_merge_reference(
-            x, key, split=split, num_prefix_tokens=num_prefix_tokens, size=size, w_down=w_down, w_up=w_up, scale=scale,
+            x, key, split=where, num_prefix_tokens=num_prefix_tokens, size=size, w_down=w_down, w_up=w_up, scale=scale,
             dropout_mask=dropout_mask, key_delta=key_delta, similarity=similarity, detach_key=detach_key,
         )  # fmt: skip
         return Merged(tokens, merged_size, match)
 
     args = (
-        x, key, size, w_down, w_up, dropout_mask, key_delta, *_split_args(split, x.device), num_prefix_tokens, scale,
+        x, key, size, w_down, w_up, dropout_mask, key_delta, *_split_args(where, x.device), num_prefix_tokens, scale,
         similarity == "cosine",
     )  # fmt: skip
     if torch.is_grad_enabled() and (
@@ -132,7 +132,8 @@ def bdm_merge(
         or (key.requires_grad and not detach_key)
         or (size is not None and size.requires_grad)
         or (key_delta is not None and key_delta.requires_grad)
-        or (w_down is not None and (w_down.requires_grad or w_up.requires_grad))
+        or (w_down is not None and w_down.requires_grad)
+        or (w_up is not None and w_up.requires_grad)
     ):
         function = BDMMergeTransformed if torch._C._are_functorch_transforms_active() else BDMMerge
         tokens, merged_size, match = function.apply(*args, detach_key, name)[:3]
@@ -174,11 +175,11 @@ def bdm_unmerge(
         raise TypeError(f"match: expected int64, got {match.dtype}")
     if match.device != tokens.device:
         raise ValueError(f"match: expected device {tokens.device}, as tokens, got {match.device}")
-    split, num_patches, num_a = _resolve_split(grid_size, split, num_prefix_tokens)
+    where, num_patches, num_a = _resolve_split(grid_size, split, num_prefix_tokens)
     batch, merged = tokens.shape[0], num_prefix_tokens + num_patches - num_a
     if tokens.shape[1] != merged:
         raise ValueError(
-            f"tokens: expected M = {num_prefix_tokens} prefix tokens + {num_patches - num_a} destinations of {_name(split)} "
+            f"tokens: expected M = {num_prefix_tokens} prefix tokens + {num_patches - num_a} destinations of {_name(where)} "
             f"= {merged}, got M = {tokens.shape[1]}"
         )
     if match.shape != (batch, num_a):
@@ -186,8 +187,8 @@ def bdm_unmerge(
     if backend is not None:
         backends.select(tokens, backend)
     if backend == "reference":
-        return bdm_unmerge_reference(tokens, match, split=split, num_prefix_tokens=num_prefix_tokens)
-    return BDMUnmerge.apply(tokens, match, *_split_args(split, tokens.device), num_prefix_tokens)
+        return bdm_unmerge_reference(tokens, match, split=where, num_prefix_tokens=num_prefix_tokens)
+    return BDMUnmerge.apply(tokens, match, *_split_args(where, tokens.device), num_prefix_tokens)
 
 
 def _check_tokens(x: Tensor, key: Tensor) -> tuple[int, int, int]:

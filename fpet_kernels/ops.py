@@ -31,9 +31,10 @@ from torch.library import Library
 from . import reference
 from .split import Split
 
-__all__ = ["LIBRARY", "backward_outputs", "backward_flops", "forward_flops", "forward_outputs"]
+__all__ = ["LIBRARY", "backward_flops", "backward_outputs", "forward_flops", "forward_outputs"]
 
-_PROBLEM = "Tensor? split_a, Tensor? split_b, SymInt grid_h, SymInt grid_w, int num_prefix_tokens, float scale, bool cosine"
+_SPLIT = "Tensor? split_a, Tensor? split_b, SymInt grid_h, SymInt grid_w, int num_prefix_tokens"
+_PROBLEM = f"{_SPLIT}, float scale, bool cosine"
 _INPUTS = "Tensor x, Tensor key, Tensor? size, Tensor? w_down, Tensor? w_up, Tensor? dropout_mask, Tensor? key_delta"
 
 FORWARD_ARGS = f"{_INPUTS}, {_PROBLEM}"
@@ -45,7 +46,7 @@ BACKWARD_ARGS = (
 BACKWARD_RETURNS = (
     "(Tensor grad_x, Tensor grad_in_size, Tensor grad_w_down, Tensor grad_w_up, Tensor grad_refined, Tensor grad_key)"
 )
-UNMERGE_ARGS = "Tensor tokens, Tensor match, Tensor? split_a, Tensor? split_b, SymInt grid_h, SymInt grid_w, int num_prefix_tokens"
+UNMERGE_ARGS = f"Tensor tokens, Tensor match, {_SPLIT}"
 
 LIBRARY = Library("fpet", "DEF")
 LIBRARY.define(f"bdm_forward({FORWARD_ARGS}) -> {FORWARD_RETURNS}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -54,7 +55,7 @@ LIBRARY.define(f"bdm_backward({BACKWARD_ARGS}) -> {BACKWARD_RETURNS}", tags=(tor
 LIBRARY.define("average_heads(Tensor key, bool wide) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.define(f"bdm_unmerge({UNMERGE_ARGS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 # The gradient of unmerge: every merged token sums the gradients of the positions it was given back to.
-LIBRARY.define(f"bdm_unmerge_backward(Tensor grad, {UNMERGE_ARGS[len('Tensor tokens, ') :]}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define(f"bdm_unmerge_backward(Tensor grad, Tensor match, {_SPLIT}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _counts(split_a: Tensor | None, split_b: Tensor | None, grid_h: int, grid_w: int) -> tuple[int, int]:
@@ -104,9 +105,7 @@ def backward_outputs(
         x.new_empty((batch, n, 1) if need_size else none, dtype=size_dtype),
         x.new_empty(tuple(w_down.shape) if need_weights else none, dtype=x.dtype if w_down is None else w_down.dtype),
         x.new_empty(tuple(w_up.shape) if need_weights else none, dtype=x.dtype if w_up is None else w_up.dtype),
-        x.new_empty(
-            (batch, n, channels) if need_refined else none, dtype=key.dtype if key_delta is None else key_delta.dtype
-        ),
+        x.new_empty((batch, n, channels) if need_refined else none, dtype=key.dtype if key_delta is None else key_delta.dtype),
         x.new_empty((batch, n, channels) if need_key else none, dtype=key.dtype),
     )
 
@@ -149,12 +148,12 @@ def _backward(
 
         dtype = reference.compute_dtype(x, key, size, w_down, w_up, key_delta)
         x_, key_ = leaf(x, need_x), leaf(reference.average_heads(key, dtype), need_key)
+        assert x_ is not None and key_ is not None
         size_ = leaf(x.new_ones(x.shape[0], x.shape[1], 1, dtype=dtype) if size is None else size, need_size)
         down, up = leaf(w_down, need_weights), leaf(w_up, need_weights)
         # The refined key's own gradient is read off an added zero, whether there is a key_delta or not.
         delta = torch.zeros_like(key_, requires_grad=need_refined) if key_delta is None else key_delta.to(dtype, copy=True)
         delta = delta.detach().requires_grad_(need_refined)
-        assert x_ is not None and key_ is not None
         out, out_size, *_ = reference.bdm_merge_reference(
             x_, key_, split=_split(split_a, split_b, grid_h, grid_w), num_prefix_tokens=p, size=size_, w_down=down, w_up=up,
             scale=scale, dropout_mask=dropout_mask, key_delta=delta, similarity="cosine" if cosine else "dot",

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from .split import Split, checkerboard_positions
 
-__all__ = ["average_heads", "bdm_merge_reference", "bdm_unmerge_reference", "compute_dtype", "match_scores", "positions", "refine_key"]
+__all__ = [
+    "average_heads",
+    "bdm_merge_reference",
+    "bdm_unmerge_reference",
+    "compute_dtype",
+    "match_scores",
+    "positions",
+    "refine_key",
+]
 
 NORM_EPS = 1e-12  # as torch.nn.functional.normalize, which the authors' code calls
 
@@ -146,8 +154,10 @@ def bdm_merge_reference(
         )
 
 
-def bdm_unmerge_reference(tokens: Tensor, match: Tensor, *, split: Split | tuple[int, int], num_prefix_tokens: int = 1) -> Tensor:
-    """(B, N, D): every original position gets the token it was merged into. IndexError (on the CPU) for a match out of range."""
+def bdm_unmerge_reference(
+    tokens: Tensor, match: Tensor, *, split: Split | tuple[int, int], num_prefix_tokens: int = 1
+) -> Tensor:
+    """(B, N, D): every original position gets the token it was merged into. IndexError, on the CPU: a match out of range."""
     if match.device.type == "cpu" and not torch.compiler.is_compiling() and match.numel():
         low, high = int(match.min()), int(match.max())
         if low < 0 or high >= tokens.shape[1]:  # an index below zero would count from the end

@@ -19,7 +19,7 @@ __all__ = ["Split", "alternating", "checkerboard", "checkerboard_3d", "second_ch
 
 @contextmanager
 def real_cpu_tensors() -> Iterator[None]:
-    """What is made here outlives its first caller: ordinary CPU tensors, whatever mode (fake, inference, device) that was in."""
+    """What is made here outlives its first caller: ordinary CPU tensors, whatever mode that was in."""
     with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
         yield
 
@@ -34,7 +34,8 @@ class Split:
 
     Attributes:
         a, b: int64 tensors ``(N_A,)`` and ``(N_B,)`` on the CPU. Treat them as constants.
-        grid: ``(H, W)`` where the lists are a :func:`checkerboard`, whose positions kernels compute instead of reading; else ``None``.
+        grid: ``(H, W)`` where the lists are a :func:`checkerboard`, whose positions kernels compute instead of reading;
+            else ``None``.
 
     Raises:
         ValueError: the two lists do not partition the positions, or there are fewer than two destinations (the soft

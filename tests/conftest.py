@@ -7,6 +7,7 @@ without the reference). ``FPET_REQUIRE_BACKENDS="cpu,triton"`` makes a missing b
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 import pytest
 import torch
@@ -14,6 +15,11 @@ from hypothesis import settings
 
 import fpet_kernels
 from fpet_kernels import backends
+
+with suppress(
+    ImportError
+):  # before anything imports the standard distutils, which setuptools, wanted by Inductor, then refuses
+    import setuptools  # noqa: F401
 
 # Deterministic examples: a failure is a defect of the change at hand, never of the draw.
 settings.register_profile("fpet", derandomize=True, deadline=None, database=None)

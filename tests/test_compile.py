@@ -241,6 +241,18 @@ def test_func_grad(backend, device):
         torch.testing.assert_close(grads[name], want, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_func_grad_of_an_attached_key(backend, device):
+    """Differentiated by torch.func while weights require gradients of their own, outside the transform."""
+    problem = full_problem(dtype=torch.float64, device=device)
+    weights = {name: getattr(problem, name).requires_grad_() for name in ("w_down", "w_up")}
+
+    def objective(key: Tensor) -> Tensor:
+        tokens, size, _ = merge(replace(problem, key=key, **weights), backend)
+        return (tokens * problem.grad_tokens).sum() + (size * problem.grad_size).sum()
+
+    torch.testing.assert_close(torch.func.grad(objective)(problem.key), run(problem, backend, ("key",))["grad_key"])
+
+
 def test_checkpointing(backend, device):
     """Recomputation in the backward, with tokens and sizes travelling as values."""
     from torch.utils.checkpoint import checkpoint
@@ -329,6 +341,8 @@ for _ in range(2):  # a second step meets the reducer's rebuilt buckets
 for (name, got), want in zip(model.module.named_parameters(), whole.parameters()):
     torch.testing.assert_close(got.grad, want.grad / 2, msg=lambda m: name + ": " + m)  # DDP averages over ranks
 dist.destroy_process_group()
+import os
+os._exit(0)  # a thread of gloo's that outlives the interpreter would abort the process
 """
 
 

@@ -62,10 +62,9 @@ def assert_conserved(problem: Problem, tokens: Tensor, size: Tensor, match: Tens
 @SIMILARITY
 @pytest.mark.parametrize("kind", KINDS)
 def test_hostile_keys(kind, similarity, dtype, backend, device, max_tokens):
-    for grid in GRIDS:
-        for prefix in (0, 1, 5):
-            if prefix + grid[0] * grid[1] > max_tokens:
-                continue
+    interpreted = max_tokens < 100
+    for grid in GRIDS[2:] if interpreted else GRIDS:
+        for prefix in (1,) if interpreted else (0, 1, 5):
             problem = random_problem(grid, dtype=dtype, prefix=prefix, size=prefix == 1, similarity=similarity)
             problem = replace(problem, key=filled(problem.key.shape, kind, dtype)).on(device)
             merged = merge(problem, backend)

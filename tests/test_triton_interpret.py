@@ -15,7 +15,17 @@ import torch
 
 from fpet_kernels import Split, alternating, backends, bdm_merge, checkerboard, second_checkerboard
 from support import (
-    Problem, assert_near_ties_only, backward_op_args, check, exact, full_problem, merge, op_args, random_problem, reference_op, run,
+    Problem,
+    assert_near_ties_only,
+    backward_op_args,
+    check,
+    exact,
+    full_problem,
+    merge,
+    op_args,
+    random_problem,
+    reference_op,
+    run,
 )  # fmt: skip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -146,7 +156,9 @@ def test_gather_only(launched):
 
 
 @pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
-@pytest.mark.parametrize("needs", [(1, 0, 0, 0, 0), (0, 1, 0, 0, 0), (0, 0, 1, 0, 0), (0, 0, 0, 1, 0), (0, 0, 0, 0, 1), (0,) * 5])
+@pytest.mark.parametrize(
+    "needs", [(1, 0, 0, 0, 0), (0, 1, 0, 0, 0), (0, 0, 1, 0, 0), (0, 0, 0, 1, 0), (0, 0, 0, 0, 1), (0,) * 5]
+)
 def test_only_what_is_asked_for(needs, long, request):
     if long:
         request.getfixturevalue("tiled")
@@ -346,7 +358,10 @@ def test_compile(dynamic):
         return tokens.square().sum() + merged.log().sum()
 
     def gradients(f):
-        leaves = [t.clone().requires_grad_() for t in (problem.x, problem.key, problem.size, problem.w_down, problem.w_up, problem.key_delta)]
+        leaves = [
+            t.clone().requires_grad_()
+            for t in (problem.x, problem.key, problem.size, problem.w_down, problem.w_up, problem.key_delta)
+        ]
         return torch.autograd.grad(f(*leaves), [leaf for i, leaf in enumerate(leaves) if i != 1])
 
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"  # nothing to compile for in the interpreter
@@ -388,5 +403,3 @@ def test_capturable():
         got = ops.forward(*op_args(problem))
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-

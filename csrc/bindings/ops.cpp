@@ -103,7 +103,7 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.data(), code, kCpu, 0, &handle));
   Tensor tensor(handle);
-  const int64_t bytes = step * (dtype == ScalarType::Double || dtype == ScalarType::Long      ? 8
+  const int64_t bytes = step * (dtype == ScalarType::Double || dtype == ScalarType::Long     ? 8
                                 : dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ? 2
                                 : dtype == ScalarType::Byte                                  ? 1
                                                                                              : 4);
@@ -181,7 +181,8 @@ fpet::Problem problem_of(const Tensor& x, const Tensor& key, const OptTensor& si
                          const OptTensor& split_a, const OptTensor& split_b, int64_t grid_h, int64_t grid_w, int64_t prefix,
                          double scale, bool cosine) {
   STD_TORCH_CHECK(x.dim() == 3, "x: expected (B, N, D), got ", x.dim(), " dimensions");
-  STD_TORCH_CHECK(key.dim() == 3 || key.dim() == 4, "key: expected (B, N, C) or (B, heads, N, C), got ", key.dim(), " dimensions");
+  STD_TORCH_CHECK(key.dim() == 3 || key.dim() == 4, "key: expected (B, N, C) or (B, heads, N, C), got ", key.dim(),
+                  " dimensions");
   STD_TORCH_CHECK(prefix >= 0, "num_prefix_tokens: expected at least 0, got ", prefix);
   const Split split = split_of(split_a, split_b, grid_h, grid_w);
   fpet::Problem p;
@@ -224,12 +225,12 @@ fpet::Problem problem_of(const Tensor& x, const Tensor& key, const OptTensor& si
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor x, const Tensor key, const OptTensor size,
-                                                          const OptTensor w_down, const OptTensor w_up,
-                                                          const OptTensor dropout_mask, const OptTensor key_delta,
-                                                          const OptTensor split_a, const OptTensor split_b, int64_t grid_h,
-                                                          int64_t grid_w, int64_t prefix, double scale, bool cosine) {
-  const fpet::Problem p = problem_of(x, key, size, w_down, w_up, dropout_mask, key_delta, split_a, split_b, grid_h, grid_w,
-                                     prefix, scale, cosine);
+                                                           const OptTensor w_down, const OptTensor w_up,
+                                                           const OptTensor dropout_mask, const OptTensor key_delta,
+                                                           const OptTensor split_a, const OptTensor split_b, int64_t grid_h,
+                                                           int64_t grid_w, int64_t prefix, double scale, bool cosine) {
+  const fpet::Problem p =
+      problem_of(x, key, size, w_down, w_up, dropout_mask, key_delta, split_a, split_b, grid_h, grid_w, prefix, scale, cosine);
   const int64_t merged = prefix + p.num_b;
   Tensor tokens = empty({p.batch, merged, p.dim}, x.scalar_type());
   Tensor merged_size = empty({p.batch, merged, 1}, p.x.dtype == fpet::DType::f64 ? ScalarType::Double : ScalarType::Float);
@@ -256,8 +257,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor merged_size, const Tensor match, const Tensor second, const Tensor mid, const OptTensor split_a,
     const OptTensor split_b, int64_t grid_h, int64_t grid_w, int64_t prefix, double scale, bool cosine, bool need_x,
     bool need_size, bool need_weights, bool need_refined, bool need_key) {
-  const fpet::Problem p = problem_of(x, key, size, w_down, w_up, dropout_mask, key_delta, split_a, split_b, grid_h, grid_w,
-                                     prefix, scale, cosine);
+  const fpet::Problem p =
+      problem_of(x, key, size, w_down, w_up, dropout_mask, key_delta, split_a, split_b, grid_h, grid_w, prefix, scale, cosine);
   STD_TORCH_CHECK(!need_weights || w_down, "need_weights: w_down and w_up were not given");
   const int64_t merged = prefix + p.num_b;
   fpet::BackwardInputs in;
@@ -279,7 +280,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const auto weight_dtype = w_down ? p.w_down.dtype : p.x.dtype;
   const auto refined_dtype = key_delta ? p.key_delta.dtype : p.key.dtype;
   const Tensor grad_x = need_x ? empty({p.batch, p.tokens, p.dim}, x.scalar_type()) : empty({0}, x.scalar_type());
-  const Tensor grad_in_size = need_size ? empty({p.batch, p.tokens, 1}, scalar_of(size_dtype)) : empty({0}, scalar_of(size_dtype));
+  const Tensor grad_in_size =
+      need_size ? empty({p.batch, p.tokens, 1}, scalar_of(size_dtype)) : empty({0}, scalar_of(size_dtype));
   const Tensor grad_down =
       need_weights ? empty({p.hidden, p.channels}, scalar_of(weight_dtype)) : empty({0}, scalar_of(weight_dtype));
   const auto up_dtype = w_up ? scalar_of(p.w_up.dtype) : x.scalar_type();

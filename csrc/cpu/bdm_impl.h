@@ -12,15 +12,15 @@ namespace fpet {
 namespace FPET_ISA {
 namespace {
 
-constexpr int64_t kKeyRows = 48;     // rows of the key path that are refined at once
-constexpr int64_t kScoreRows = 24;   // destinations whose scores are ranked at once
+constexpr int64_t kKeyRows = 48;                    // rows of the key path that are refined at once
+constexpr int64_t kScoreRows = 24;                  // destinations whose scores are ranked at once
 constexpr int64_t kPairRows = 32, kPairCols = 128;  // a tile of dM and ds in the backward
-constexpr int64_t kMaxChunks = 16;   // of sources, each with its own partial sum of dk̂_B
-constexpr int64_t kMaxGroups = 256;  // of images, each with its own partial sum of the weight gradients
-constexpr int64_t kSerialWork = 1 << 16;  // multiply-adds below which a second thread costs more than it saves
+constexpr int64_t kMaxChunks = 16;                  // of sources, each with its own partial sum of dk̂_B
+constexpr int64_t kMaxGroups = 256;                 // of images, each with its own partial sum of the weight gradients
+constexpr int64_t kSerialWork = 1 << 16;            // multiply-adds below which a second thread costs more than it saves
 
 constexpr int64_t kStreamBytes = 16 << 20;  // outputs from this size on are written past the caches
-constexpr int64_t kKeyAhead = 16;  // rows between fetching a key and using it
+constexpr int64_t kKeyAhead = 16;           // rows between fetching a key and using it
 constexpr int64_t kAheadBytes = 640 << 10;  // fetched ahead of use: most of a second-level cache
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -81,10 +81,10 @@ void group_sources(const int64_t* match, int64_t num_a, int64_t num_b, int64_t p
 // What all images share: positions of the two sets, and the refinement's weights in compute precision, padded.
 template <class T>
 struct Shared {
-  int64_t cp, hp, nap, nbp;          // C, h, N_A and N_B padded to whole vectors
-  int64_t *pos_a, *pos_b;            // (N_A), (N_B): index in the N tokens
-  T *down_t, *up_t;                  // (C, hp), (h, cp): W_downᵀ, W_upᵀ
-  T *down, *up;                      // (h, cp), (C, hp): backward only
+  int64_t cp, hp, nap, nbp;  // C, h, N_A and N_B padded to whole vectors
+  int64_t *pos_a, *pos_b;    // (N_A), (N_B): index in the N tokens
+  T *down_t, *up_t;          // (C, hp), (h, cp): W_downᵀ, W_upᵀ
+  T *down, *up;              // (h, cp), (C, hp): backward only
 
   static constexpr int64_t panel_cols = kTileVecs * kLanes<T>;
 
@@ -124,12 +124,12 @@ struct Shared {
 // One image's refined and normalised keys; sources and destinations are rows 0 .. N_A and N_A .. N_A + N_B of one list.
 template <class T>
 struct Keys {
-  T* turned;   // panels of (C, panel_cols): k̂_Aᵀ in the forward, k̂_Bᵀ in the backward
-  T* b;        // (N_B, cp)
-  T* a;        // (N_A, cp), backward only, like the next two
-  T* norm;     // (N_A + N_B)
-  T* hidden;   // (N_A + N_B, hp), after ReLU and dropout mask
-  T* mean;     // (N_A + N_B, cp), the key before refinement, where the weights' gradient needs it
+  T* turned;  // panels of (C, panel_cols): k̂_Aᵀ in the forward, k̂_Bᵀ in the backward
+  T* b;       // (N_B, cp)
+  T* a;       // (N_A, cp), backward only, like the next two
+  T* norm;    // (N_A + N_B)
+  T* hidden;  // (N_A + N_B, hp), after ReLU and dropout mask
+  T* mean;    // (N_A + N_B, cp), the key before refinement, where the weights' gradient needs it
 
   void plan(Arena& arena, const Problem& p, const Shared<T>& s, bool backward) {
     turned = arena.take<T>(round_up(backward ? p.num_b : p.num_a, s.panel_cols) * p.channels);
@@ -246,8 +246,8 @@ void normalise(T* keys, int64_t cp, int64_t rows, T* norms) {
 
 // k' and k̂ of rows [begin, end).
 template <class T>
-void refine_keys(const Problem& p, const Shared<T>& s, const Keys<T>& keys, const KeyScratch<T>& t, int64_t image, int64_t begin,
-                 int64_t end, Ahead* ahead = nullptr) {
+void refine_keys(const Problem& p, const Shared<T>& s, const Keys<T>& keys, const KeyScratch<T>& t, int64_t image,
+                 int64_t begin, int64_t end, Ahead* ahead = nullptr) {
   constexpr int lanes = kLanes<T>;
   for (int64_t r0 = begin; r0 < end; r0 += kKeyRows) {
     const int64_t rows = min64(kKeyRows, end - r0);
@@ -315,8 +315,7 @@ void match_rows(const Problem& p, const ForwardOutputs& out, const Shared<T>& s,
     const T* turned = keys.turned + i0 / panel * panel * p.channels + i0 % panel;
     for (int64_t j0 = 0; j0 < p.num_b; j0 += kScoreRows) {
       const int64_t rows = min64(kScoreRows, p.num_b - j0);
-      matmul(rows, vectors * lanes, p.channels, keys.b + j0 * s.cp, s.cp, int64_t(1), turned, panel, tile, panel, false,
-             ahead);
+      matmul(rows, vectors * lanes, p.channels, keys.b + j0 * s.cp, s.cp, int64_t(1), turned, panel, tile, panel, false, ahead);
       for (int64_t v = 0; v < vectors; ++v) {
         Best now = best[v];
         for (int64_t r = 0; r < rows; ++r) {
@@ -372,8 +371,8 @@ struct Groups {
 
 // The merged tokens [begin, end) of one image; meanwhile the keys of the next one are fetched.
 template <class S, class T>
-void merge_rows(const Problem& p, const ForwardOutputs& out, const Shared<T>& s, const Groups<Compute<S>>& groups, const S** rows,
-                Compute<S>* weights, int64_t image, int64_t begin, int64_t end, bool stream, bool next) {
+void merge_rows(const Problem& p, const ForwardOutputs& out, const Shared<T>& s, const Groups<Compute<S>>& groups,
+                const S** rows, Compute<S>* weights, int64_t image, int64_t begin, int64_t end, bool stream, bool next) {
   using M = Compute<S>;
   const int64_t merged = p.prefix + p.num_b, stride = p.x.stride[2];
   const S* x = (const S*)p.x.data + image * p.x.stride[0];
@@ -409,7 +408,7 @@ struct Forward {
   using M = Compute<S>;
   const Problem& p;
   const ForwardOutputs* out = nullptr;
-  int64_t tasks = 1;   // threads that work at once
+  int64_t tasks = 1;     // threads that work at once
   bool by_image = true;  // every task takes whole images
   Shared<T> shared;
 
@@ -486,7 +485,8 @@ struct Forward {
           refine_keys(p, shared, image.keys, task.key, b, 0, key_rows, &ahead);
           match_rows(p, *out, shared, image.keys, task.tile, b, 0, p.num_a, &ahead);
           image.groups.fill(p, out->match, b);
-          merge_rows<S, T>(p, *out, shared, image.groups, task.rows, task.weights, b, 0, merged, stream, b + 1 < end && key_bytes <= kAheadBytes / 4);
+          merge_rows<S, T>(p, *out, shared, image.groups, task.rows, task.weights, b, 0, merged, stream,
+                           b + 1 < end && key_bytes <= kAheadBytes / 4);
         }
       });
       return;
@@ -495,9 +495,10 @@ struct Forward {
       refine_keys(p, shared, image.keys, task.key, b, begin, end);
     });
     constexpr int64_t lanes = kLanes<T>;
-    over_rows(parallel, base, shared.nap / lanes, [&](const Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
-      match_rows(p, *out, shared, image.keys, task.tile, b, begin * lanes, min64(p.num_a, end * lanes), nullptr);
-    });
+    over_rows(parallel, base, shared.nap / lanes,
+              [&](const Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
+                match_rows(p, *out, shared, image.keys, task.tile, b, begin * lanes, min64(p.num_a, end * lanes), nullptr);
+              });
     for (int64_t b = 0; b < p.batch; ++b) image_at(base, b).groups.fill(p, out->match, b);
     over_rows(parallel, base, merged, [&](const Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
       merge_rows<S, T>(p, *out, shared, image.groups, task.rows, task.weights, b, begin, end, stream, false);
@@ -549,7 +550,7 @@ struct Backward {
     T *scores, *row_sums;       // (kPairRows, kPairCols), (chunk_rows)
     M *products, *x, *g, *row;  // (kPairRows, kPairCols); converted rows of x, G; one row
     const void **x_rows, **g_rows;
-    T *grad, *grad_hidden;      // (kKeyRows, cp), (kKeyRows, hp)
+    T *grad, *grad_hidden;  // (kKeyRows, cp), (kKeyRows, hp)
   };
 
   Backward(const Problem& problem, const BackwardOutputs& outputs, int64_t threads) : p(problem), out(outputs) {
@@ -631,9 +632,7 @@ struct Backward {
   const S* grad_row(int64_t image, int64_t m) const {
     return (const S*)in->grad_tokens.data + image * in->grad_tokens.stride[0] + m * in->grad_tokens.stride[1];
   }
-  const S* x_row(int64_t image, int64_t n) const {
-    return (const S*)p.x.data + image * p.x.stride[0] + n * p.x.stride[1];
-  }
+  const S* x_row(int64_t image, int64_t n) const { return (const S*)p.x.data + image * p.x.stride[0] + n * p.x.stride[1]; }
 
   // ⟨row of G, other⟩, whatever the strides; `buffer` holds two rows.
   M product(const S* g, const S* other, int64_t other_stride, M* buffer) const {
@@ -741,14 +740,14 @@ struct Backward {
             task.x_rows[r] = product_row(x_row(b, shared.pos_a[i0 + r]), p.x.stride[2], task.x + r * p.dim);
         if (native && in_place()) {
           dot_products<typename DotType<S, native>::type>(rows, cols, p.dim, task.x_rows, task.g_rows, task.products, kPairCols,
-                                                         ahead);
+                                                          ahead);
         } else {
           dot_products<M>(rows, cols, p.dim, task.x_rows, task.g_rows, task.products, kPairCols, ahead);
         }
         const T* a = image.keys.a + i0 * cp;
         for (int64_t j = 0; j < padded; j += shared.panel_cols)
-          matmul(rows, min64(shared.panel_cols, padded - j), p.channels, a, cp, int64_t(1), image.keys.turned + (j0 + j) * p.channels,
-                 shared.panel_cols, task.scores + j, kPairCols, false);
+          matmul(rows, min64(shared.panel_cols, padded - j), p.channels, a, cp, int64_t(1),
+                 image.keys.turned + (j0 + j) * p.channels, shared.panel_cols, task.scores + j, kPairCols, false);
         for (int64_t r = 0; r < rows; ++r) {
           M* products = task.products + r * kPairCols;
           for (int64_t j = cols; j < padded; ++j) products[j] = 0;
@@ -757,7 +756,8 @@ struct Backward {
               score_gradient(task.scores + r * kPairCols, products, image.inverse_size + j0, image.grad_size + j0,
                              image.groups.size[shared.pos_a[i0 + r]], ((const T*)in->mid)[at], padded);
         }
-        matmul(rows, cp, cols, task.scores, kPairCols, int64_t(1), image.keys.b + j0 * cp, cp, image.grad_a + i0 * cp, cp, j0 > 0);
+        matmul(rows, cp, cols, task.scores, kPairCols, int64_t(1), image.keys.b + j0 * cp, cp, image.grad_a + i0 * cp, cp,
+               j0 > 0);
         matmul(cols, cp, rows, task.scores, int64_t(1), kPairCols, a, cp, part + j0 * cp, cp, i0 > begin);
       }
     }
@@ -815,7 +815,8 @@ struct Backward {
         }
       if (weights) {
         matmul(p.channels, hp, rows, task.grad, int64_t(1), cp, hidden, hp, part, hp, false);
-        matmul(p.hidden, cp, rows, grad_hidden, int64_t(1), hp, image.keys.mean + begin * cp, cp, part + p.channels * hp, cp, false);
+        matmul(p.hidden, cp, rows, grad_hidden, int64_t(1), hp, image.keys.mean + begin * cp, cp, part + p.channels * hp, cp,
+               false);
       }
       if (out.key) matmul(rows, cp, p.hidden, grad_hidden, hp, int64_t(1), shared.down, cp, task.grad, cp, true);
     }
@@ -872,9 +873,8 @@ struct Backward {
       run_ranges(parallel, p.batch, tasks, [&](int64_t, int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) prepare_image(image_at(base, b), b);
       });
-      over_items(parallel, base, merged, [&](const Task& task, const Image& image, int64_t b, int64_t m) {
-        values(task, image, b, m, m + 1);
-      });
+      over_items(parallel, base, merged,
+                 [&](const Task& task, const Image& image, int64_t b, int64_t m) { values(task, image, b, m, m + 1); });
       if (!key_path) return;
       over_items(parallel, base, row_chunks, [&](const Task& task, const Image& image, int64_t b, int64_t c) {
         refine_keys(p, shared, image.keys, task.key, b, c * kKeyRows, min64(p.num_a + p.num_b, (c + 1) * kKeyRows));
@@ -922,9 +922,7 @@ struct Backward {
 
 // --- means over heads, for a backward that would else read every head again -------------------------------------------------------
 
-size_t average_heads_workspace(const Problem& p, int64_t threads) {
-  return size_t(threads * 2 * (p.channels + 64) * 8);
-}
+size_t average_heads_workspace(const Problem& p, int64_t threads) { return size_t(threads * 2 * (p.channels + 64) * 8); }
 
 template <class T>
 void average_heads_of(const Problem& p, T* out, const Parallel& parallel, char* base) {
@@ -982,7 +980,8 @@ void unmerge(const UnmergeProblem& p, const Parallel& parallel) {
       }
       int64_t i = 0, j = 0, n = p.prefix;
       for (int64_t row = 0; row < p.grid_h; ++row)
-        for (int64_t col = 0; col < p.grid_w; ++col, ++n) copy(b, n, (row + col) & 1 ? p.prefix + j++ : p.match[b * p.num_a + i++]);
+        for (int64_t col = 0; col < p.grid_w; ++col, ++n)
+          copy(b, n, (row + col) & 1 ? p.prefix + j++ : p.match[b * p.num_a + i++]);
     }
   });
 }
@@ -1068,7 +1067,8 @@ auto dispatch(DType x, bool wide, const F& f) {
 }
 
 size_t forward_workspace(const Problem& p, int64_t threads) {
-  return dispatch(p.x.dtype, p.wide_scores, [&](auto s, auto t) { return Forward<decltype(s), decltype(t)>(p, threads).plan(nullptr); });
+  return dispatch(p.x.dtype, p.wide_scores,
+                  [&](auto s, auto t) { return Forward<decltype(s), decltype(t)>(p, threads).plan(nullptr); });
 }
 
 size_t backward_workspace(const Problem& p, const BackwardOutputs& out, int64_t threads) {
@@ -1082,7 +1082,8 @@ void forward(const Problem& p, const ForwardOutputs& out, const Parallel& parall
   });
 }
 
-void backward(const Problem& p, const BackwardInputs& in, const BackwardOutputs& out, const Parallel& parallel, void* workspace) {
+void backward(const Problem& p, const BackwardInputs& in, const BackwardOutputs& out, const Parallel& parallel,
+              void* workspace) {
   dispatch(p.x.dtype, p.wide_scores, [&](auto s, auto t) {
     Backward<decltype(s), decltype(t)>(p, out, parallel.threads).run(in, parallel, (char*)workspace);
   });
@@ -1097,9 +1098,8 @@ size_t unmerge_backward_workspace(const UnmergeProblem& p, int64_t threads) {
 }
 
 void unmerge_backward(const UnmergeProblem& p, const Parallel& parallel, void* workspace) {
-  dispatch(p.input.dtype, false, [&](auto s, auto) {
-    UnmergeBackward<decltype(s)>(p, parallel.threads).run(parallel, (char*)workspace);
-  });
+  dispatch(p.input.dtype, false,
+           [&](auto s, auto) { UnmergeBackward<decltype(s)>(p, parallel.threads).run(parallel, (char*)workspace); });
 }
 
 }  // namespace
@@ -1107,8 +1107,8 @@ void unmerge_backward(const UnmergeProblem& p, const Parallel& parallel, void* w
 // The only symbol of an instruction set that others see.
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    forward_workspace, backward_workspace, forward, backward, average_heads_workspace, average_heads,
-    unmerge_any, unmerge_backward_workspace, unmerge_backward,
+    forward_workspace, backward_workspace,         forward,          backward, average_heads_workspace, average_heads,
+    unmerge_any,       unmerge_backward_workspace, unmerge_backward,
 };
 
 }  // namespace FPET_ISA

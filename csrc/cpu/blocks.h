@@ -189,7 +189,7 @@ inline void dot_rows(int64_t n, int64_t dim, const void* const* x, const void* c
 
 template <class E>
 void dot_products(int64_t m, int64_t n, int64_t dim, const void* const* x, const void* const* g, Compute<E>* c, int64_t c_row,
-                     Ahead* ahead) {
+                  Ahead* ahead) {
   int64_t i = 0;
   for (; i + kDotRows <= m; i += kDotRows) dot_rows<E, kDotRows>(n, dim, x + i, g, c + i * c_row, c_row, ahead);
   for (; i + 2 <= m; i += 2) dot_rows<E, 2>(n, dim, x + i, g, c + i * c_row, c_row, ahead);
@@ -261,7 +261,9 @@ void write_any(void* out, DType dtype, int64_t offset, const T* in, int64_t n) {
   }
 }
 
-inline int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2; }
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2;
+}
 
 // Whether whole vectors may be written past the caches: worth it where an output is larger than they are, since a store then
 // need not read the line first.
@@ -297,8 +299,9 @@ void weighted_mean_of(S* out, const S* const* rows, const Compute<S>* w, int64_t
   constexpr int lanes = kLanes<T>, unroll = 4;
   const T inverse = T(1) / n;
   // Exact for n = 2^e, where the fraction bits of n are zero; NaN, infinity and subnormal n take the division.
-  const bool power_of_two = sizeof(T) == 4 ? (bit_copy<uint32_t>(float(n)) & 0x7fffffu) == 0 && n >= 0x1p-60f && n <= 0x1p60f
-                                           : (bit_copy<uint64_t>(double(n)) & 0xfffffffffffffull) == 0 && n >= 0x1p-60 && n <= 0x1p60;
+  const bool power_of_two = sizeof(T) == 4
+                                ? (bit_copy<uint32_t>(float(n)) & 0x7fffffu) == 0 && n >= 0x1p-60f && n <= 0x1p60f
+                                : (bit_copy<uint64_t>(double(n)) & 0xfffffffffffffull) == 0 && n >= 0x1p-60 && n <= 0x1p60;
   int64_t d = 0;
   for (; d + unroll * lanes <= dim; d += unroll * lanes) {
     Vec<T> acc[unroll];

@@ -6,9 +6,9 @@
 
 namespace fpet {
 
-#define FPET_DECLARE(isa)            \
-  namespace isa {                    \
-  extern const Kernels kKernels;     \
+#define FPET_DECLARE(isa)        \
+  namespace isa {                \
+  extern const Kernels kKernels; \
   }
 #if defined(__x86_64__)
 FPET_DECLARE(avx512bf16)

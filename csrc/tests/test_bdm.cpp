@@ -21,20 +21,18 @@ using std::vector;
 inline size_t u(int64_t n) { return static_cast<size_t>(n); }
 
 int failures = 0;
-#define CHECK(condition, ...)                              \
-  do {                                                     \
-    if (!(condition)) {                                    \
-      ++failures;                                          \
+#define CHECK(condition, ...)                                     \
+  do {                                                            \
+    if (!(condition)) {                                           \
+      ++failures;                                                 \
       std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                            \
-      std::printf("\n");                                   \
-    }                                                      \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+    }                                                             \
   } while (0)
 
 int64_t bytes_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : t == DType::boolean ? 1 : 2; }
-double epsilon(DType t) {
-  return t == DType::f64 ? 0x1p-52 : t == DType::f32 ? 0x1p-23 : t == DType::bf16 ? 0x1p-7 : 0x1p-10;
-}
+double epsilon(DType t) { return t == DType::f64 ? 0x1p-52 : t == DType::f32 ? 0x1p-23 : t == DType::bf16 ? 0x1p-7 : 0x1p-10; }
 
 double decode(const char* p, DType t) {
   if (t == DType::f64) {
@@ -81,8 +79,7 @@ void encode(char* p, DType t, double v) {
   } else {
     int e = 0;
     const double m = std::frexp(std::fabs(v), &e);  // v = m 2^e, m in [0.5, 1)
-    const uint16_t half =
-        v == 0 ? 0 : uint16_t((v < 0 ? 0x8000 : 0) | ((e + 14) << 10) | (int(std::lround(m * 2048)) - 1024));
+    const uint16_t half = v == 0 ? 0 : uint16_t((v < 0 ? 0x8000 : 0) | ((e + 14) << 10) | (int(std::lround(m * 2048)) - 1024));
     std::memcpy(p, &half, 2);
   }
 }
@@ -94,7 +91,8 @@ struct Tensor {
   vector<char> data;
 
   Tensor() = default;
-  Tensor(vector<int64_t> shape, DType type, bool strided = false) : sizes(std::move(shape)), strides(sizes.size()), dtype(type) {
+  Tensor(vector<int64_t> shape, DType type, bool strided = false)
+      : sizes(std::move(shape)), strides(sizes.size()), dtype(type) {
     int64_t step = strided ? 2 : 1;
     for (size_t d = sizes.size(); d-- > 0;) {
       strides[d] = step;
@@ -174,7 +172,8 @@ struct Case {
     merged = c.prefix + num_b;
     x = random({c.batch, n, c.dim}, c.x, c.strided);
     key = random({c.batch, c.heads, n, c.channels}, c.key, c.strided);
-    if (c.size) size = random({c.batch, n}, c.x == DType::f64 ? DType::f64 : DType::f32, c.strided, [] { return 1.0 + rng() % 4; });
+    if (c.size)
+      size = random({c.batch, n}, c.x == DType::f64 ? DType::f64 : DType::f32, c.strided, [] { return 1.0 + rng() % 4; });
     if (c.hidden) {
       w_down = random({c.hidden, c.channels}, c.weight, c.strided, [] { return draw() / 4; });
       w_up = random({c.channels, c.hidden}, c.weight, c.strided, [] { return draw() / 4; });
@@ -247,7 +246,8 @@ struct Scratch {
     std::memset(base, 0xff, (bytes + 127) / 64 * 64);
   }
   ~Scratch() {
-    for (size_t i = size; i < (size + 127) / 64 * 64; ++i) CHECK(base[i] == char(0xff), "byte %zu behind the workspace", i - size);
+    for (size_t i = size; i < (size + 127) / 64 * 64; ++i)
+      CHECK(base[i] == char(0xff), "byte %zu behind the workspace", i - size);
     std::free(base);
   }
   size_t size;
@@ -372,7 +372,8 @@ void check_case(const Config& c, const std::string& name) {
       }
       const double* row = &score[u(i * B)];
       const int64_t got = r.match[u(b * A + i)] - c.prefix, other = r.second[u(b * A + i)] - c.prefix;
-      CHECK(got >= 0 && got < B && other >= 0 && other < B && got != other, "match %lld, %lld", (long long)got, (long long)other);
+      CHECK(got >= 0 && got < B && other >= 0 && other < B && got != other, "match %lld, %lld", (long long)got,
+            (long long)other);
       if (got < 0 || got >= B || other < 0 || other >= B) return;
       int64_t best = 0, next = -1;
       for (int64_t j = 1; j < B; ++j)
@@ -383,7 +384,8 @@ void check_case(const Config& c, const std::string& name) {
       const double tie = (c.cosine ? 1.0 : std::fabs(row[best]) + 1.0) * 64 * epsilon(compute);
       CHECK(row[best] - row[got] <= tie, "image %lld source %lld: matched %lld, best %lld", (long long)b, (long long)i,
             (long long)got, (long long)best);
-      CHECK(std::fabs(row[next] - row[other == best ? got : other]) <= tie, "second %lld, want %lld", (long long)other, (long long)next);
+      CHECK(std::fabs(row[next] - row[other == best ? got : other]) <= tie, "second %lld, want %lld", (long long)other,
+            (long long)next);
       match[u(i)] = got;
       second[u(i)] = other;
     }

@@ -48,16 +48,15 @@ class Architecture:
     """Everything frozen for one kind of GPU.
 
     Attributes:
-        forward: by (bytes of x's element, destinations rounded up to a power of two).
-        backward: by (bytes of x's element, whether the key is taken as it is in 16 bits, destinations rounded up). What is
-            missing goes to the tiled kernels.
+        forward, backward: by (bytes of x's element, whether the key is taken as it is in 16 bits, destinations rounded up to
+            a power of two). What is missing goes to the tiled kernels.
         programs: programs that fill the GPU; a short forward splits D until it has as many.
         tiles, tiles_double: long grids, and float64 anywhere.
         split_float32: float32 products from bfloat16 parts on matrix units (else float32 multiply-adds).
         shared: bytes of shared memory a program may use.
     """
 
-    forward: dict[tuple[int, int], Short]
+    forward: dict[tuple[int, bool, int], Short]
     backward: dict[tuple[int, bool, int], Short]
     programs: int
     tiles: Tiles
@@ -70,23 +69,33 @@ class Architecture:
 _DOUBLE = Tiles(block_a=16, block_b=16, block_c=16, block_d=16, warps=4, stages=1)
 
 _FORWARD = {
-    (2, 16): Short(16, 64, 4, 3),
-    (2, 32): Short(32, 64, 4, 3),
-    (2, 64): Short(64, 64, 4, 3),
-    (2, 128): Short(128, 64, 8, 3),
-    (2, 256): Short(64, 64, 8, 2),
-    (4, 16): Short(16, 32, 4, 2),
-    (4, 32): Short(32, 32, 4, 2),
-    (4, 64): Short(64, 32, 4, 2),
-    (4, 128): Short(128, 32, 8, 2),
-    (4, 256): Short(64, 32, 8, 2),
+    (2, True, 16): Short(16, 64, 4, 3),
+    (2, True, 32): Short(32, 64, 4, 3),
+    (2, True, 64): Short(64, 64, 4, 3),
+    (2, True, 128): Short(128, 64, 8, 3),
+    (2, True, 256): Short(32, 64, 8, 2),
+    (2, False, 16): Short(16, 64, 4, 3),
+    (2, False, 32): Short(32, 64, 4, 3),
+    (2, False, 64): Short(32, 64, 4, 3),
+    (2, False, 128): Short(32, 64, 8, 2),
+    (2, False, 256): Short(16, 64, 8, 2),
+    (4, True, 16): Short(16, 32, 4, 2),
+    (4, True, 32): Short(32, 32, 4, 2),
+    (4, True, 64): Short(64, 32, 4, 2),
+    (4, True, 128): Short(128, 32, 8, 2),
+    (4, True, 256): Short(32, 32, 8, 2),
+    (4, False, 16): Short(16, 32, 4, 2),
+    (4, False, 32): Short(32, 32, 4, 2),
+    (4, False, 64): Short(32, 32, 4, 2),
+    (4, False, 128): Short(32, 32, 8, 2),
+    (4, False, 256): Short(16, 32, 8, 2),
 }
+_FORWARD_SM90 = _FORWARD | {(2, False, 128): Short(128, 64, 8, 2), (4, False, 128): Short(128, 32, 8, 2)}
 _BACKWARD = {
     (2, True, 16): Short(16, 64, 4, 2),
     (2, True, 32): Short(32, 64, 4, 2),
     (2, True, 64): Short(32, 64, 4, 2),
     (2, True, 128): Short(32, 64, 8, 2),
-    (2, True, 256): Short(16, 64, 8, 2),
     (4, True, 16): Short(16, 32, 4, 2),
     (4, True, 32): Short(16, 32, 4, 2),
     (4, True, 64): Short(16, 32, 4, 2),
@@ -95,6 +104,7 @@ _BACKWARD = {
 # Products of two float32 matrices hold three parts of either side: where destinations are many, or matrix units take both
 # operands from registers (before sm_90), that spills, and the tiled kernels do it.
 _BACKWARD_SM90 = _BACKWARD | {
+    (2, True, 256): Short(16, 64, 8, 2),
     (2, False, 16): Short(16, 64, 4, 2),
     (2, False, 32): Short(16, 64, 4, 2),
     (2, False, 64): Short(16, 64, 8, 2),
@@ -106,16 +116,16 @@ _BACKWARD_SM90 = _BACKWARD | {
 }
 
 TABLES: dict[str, Architecture] = {
-    "sm80": Architecture(_FORWARD, _BACKWARD, 216, Tiles(64, 64, 64, 32, 4, 2), _DOUBLE, True, 166_912),
-    "sm90": Architecture(_FORWARD, _BACKWARD_SM90, 264, Tiles(64, 64, 64, 64, 4, 2), _DOUBLE, True, 232_448),
-    "sm100": Architecture(_FORWARD, _BACKWARD_SM90, 296, Tiles(64, 64, 64, 64, 4, 2), _DOUBLE, True, 232_448),
+    "sm80": Architecture(_FORWARD, _BACKWARD, 216, Tiles(32, 64, 64, 64, 8, 2), _DOUBLE, True, 166_912),
+    "sm90": Architecture(_FORWARD_SM90, _BACKWARD_SM90, 264, Tiles(64, 64, 64, 64, 4, 2), _DOUBLE, True, 232_448),
+    "sm100": Architecture(_FORWARD_SM90, _BACKWARD_SM90, 296, Tiles(64, 64, 64, 64, 4, 2), _DOUBLE, True, 232_448),
     "gfx942": Architecture(_FORWARD, _BACKWARD, 304, Tiles(64, 64, 64, 32, 4, 2), _DOUBLE, True, 65_536),
     # Triton's interpreter pays for every operation, not for its size: few large tiles.
     "interpreter": Architecture(
-        _FORWARD, _BACKWARD_SM90, 1, Tiles(64, 64, 64, 128, 4, 1), Tiles(64, 64, 32, 64, 4, 1), True, 1 << 30
+        _FORWARD_SM90, _BACKWARD_SM90, 1, Tiles(64, 64, 64, 128, 4, 1), Tiles(64, 64, 32, 64, 4, 1), True, 1 << 30
     ),
     # Anything else: the least demanding of the above, for 99 KiB of shared memory (sm_86, sm_89, sm_120).
-    "other": Architecture(_FORWARD, _BACKWARD, 128, Tiles(32, 32, 32, 32, 4, 1), _DOUBLE, True, 101_376),
+    "other": Architecture(_FORWARD, _BACKWARD, 128, Tiles(32, 64, 32, 32, 8, 1), _DOUBLE, True, 101_376),
 }
 
 

@@ -76,9 +76,7 @@ def prepare_keys(
         c = c_start + tl.arange(0, BC)
         mask = row_mask[:, None] & (c < channels)[None, :]
         if RAW:
-            raw = tl.load(
-                p_key + tokens[:, None] * stride_key_n + c.to(tl.int64)[None, :] * stride_key_c, mask=mask, other=0.0
-            )
+            raw = tl.load(p_key + tokens[:, None] * stride_key_n + c.to(tl.int64)[None, :] * stride_key_c, mask=mask, other=0.0)
             tl.store(p_prepared + row[:, None] * channels + c[None, :], raw, mask=mask)
             refined = wide(raw, DOUBLE)
         else:
@@ -145,18 +143,14 @@ def match_tiles(
     i_second = tl.zeros((BA,), tl.int32)
     for start in range(0, num_b, BB):
         j = start + tl.arange(0, BB)
-        scores = _scores(
-            p_prepared, p_norm, image_row, i, a_mask, num_a + j, j < num_b, channels, BC, COSINE, DOUBLE, SPLIT
-        )
+        scores = _scores(p_prepared, p_norm, image_row, i, a_mask, num_a + j, j < num_b, channels, BC, COSINE, DOUBLE, SPLIT)
         tile_best, i_tile_best, tile_second, i_tile_second = top_two(scores, num_b - start)
         # What came earlier has lower columns and wins ties.
         wins = tile_best > best
         old_is_second = best >= tile_second
         new_is_second = tile_best > second
         second, i_second = (
-            tl.where(
-                wins, tl.where(old_is_second, best, tile_second), tl.where(new_is_second, tile_best, second)
-            ),
+            tl.where(wins, tl.where(old_is_second, best, tile_second), tl.where(new_is_second, tile_best, second)),
             tl.where(
                 wins,
                 tl.where(old_is_second, i_best, start + i_tile_second),
@@ -314,7 +308,9 @@ def merged_size_gradient(
     for d_start in range(0, dim, BD):
         d = (d_start + tl.arange(0, BD)).to(tl.int64)
         mask = row_mask[:, None] & (d < dim)[None, :]
-        grad = tl.load(p_grad + b * stride_grad_b + e[:, None] * stride_grad_e + d[None, :] * stride_grad_d, mask=mask, other=0.0)
+        grad = tl.load(
+            p_grad + b * stride_grad_b + e[:, None] * stride_grad_e + d[None, :] * stride_grad_d, mask=mask, other=0.0
+        )
         y = tl.load(p_tokens + b * stride_tok_b + e[:, None] * stride_tok_e + d[None, :] * stride_tok_d, mask=mask, other=0.0)
         dot += tl.sum(wide(grad, DOUBLE) * wide(y, DOUBLE), axis=1)
     out = -dot / wide(tl.load(p_merged_size + b * merged + e, mask=row_mask, other=1.0), DOUBLE)
@@ -358,9 +354,7 @@ def _score_gradient(
     if SIZED:
         size = tl.load(p_size + b * stride_size_b + token * stride_size_n, mask=a_mask, other=0.0)
         grad_m = grad_m * wide(size, DOUBLE)[:, None]
-    scores = _scores(
-        p_prepared, p_norm, b * (num_a + num_b), i, a_mask, num_a + j, b_mask, channels, BC, COSINE, DOUBLE, SPLIT
-    )
+    scores = _scores(p_prepared, p_norm, b * (num_a + num_b), i, a_mask, num_a + j, b_mask, channels, BC, COSINE, DOUBLE, SPLIT)
     mid = tl.load(p_mid + b * num_a + i, mask=a_mask, other=0.0)
     return tl.where(a_mask[:, None] & b_mask[None, :], grad_m * soft_slope(scores, mid[:, None]), 0.0)
 
@@ -408,9 +402,13 @@ def row_pass(
     for which in tl.static_range(2):
         p_two = p_match if which == 0 else p_second
         two = (tl.load(p_two + b * num_a + i, mask=a_mask, other=prefix) - prefix).to(tl.int32)
-        unit_grad -= share[:, None] * _unit_keys(p_prepared, p_norm, image_row, num_a + two, a_mask, c, channels, COSINE, DOUBLE)
+        unit_grad -= share[:, None] * _unit_keys(
+            p_prepared, p_norm, image_row, num_a + two, a_mask, c, channels, COSINE, DOUBLE
+        )
     tl.store(
-        p_unit_grad + (image_row + i)[:, None] * channels + c[None, :], unit_grad, mask=a_mask[:, None] & (c < channels)[None, :]
+        p_unit_grad + (image_row + i)[:, None] * channels + c[None, :],
+        unit_grad,
+        mask=a_mask[:, None] & (c < channels)[None, :],
     )
     if tl.program_id(1) == 0:
         tl.store(p_share + b * num_a + i, share, mask=a_mask)
@@ -459,7 +457,7 @@ def key_gradient(
     stride_mask_b, stride_mask_n, stride_mask_h,
     num_a, num_rows, prefix, width, channels, heads, hidden, scale_high, scale_low, parts,
     BR: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, PARTS: tl.constexpr, LISTED: tl.constexpr, REFINED: tl.constexpr,
-    MASKED: tl.constexpr, COSINE: tl.constexpr, NEED_REFINED: tl.constexpr, NEED_KEY: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
+    MASKED: tl.constexpr, COSINE: tl.constexpr, NEED_REFINED: tl.constexpr, NEED_KEY: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,  # noqa: E501
 ):  # fmt: skip
     """dk' = (dk̂ − k̂ (k̂ · dk̂)) / ‖k'‖, written over dk̂ and, in token order, to grad_refined and grad_key; 0 for prefix tokens.
 
@@ -548,7 +546,7 @@ def _hidden_gradient(
     """dhidden = scale · dk' W_up ⊙ mask ⊙ [pre > 0], and the hidden units themselves, both [rows, h]."""
     pre, keep = _hidden(
         p_key + b * stride_key_b, stride_key_h, stride_key_n, stride_key_c, heads, p_down, stride_down_h, stride_down_c,
-        p_mask + b * stride_mask_b, stride_mask_n, stride_mask_h, token, row_mask, h, hidden, channels, BC, MASKED, DOUBLE, SPLIT,
+        p_mask + b * stride_mask_b, stride_mask_n, stride_mask_h, token, row_mask, h, hidden, channels, BC, MASKED, DOUBLE, SPLIT,  # noqa: E501
     )  # fmt: skip
     through = zeros((r.shape[0], h.shape[0]), DOUBLE)
     for c_start in range(0, channels, BC):
@@ -595,7 +593,9 @@ def weight_partials(
             p_key + b * stride_key_b, stride_key_h, stride_key_n, stride_key_c, heads, token, row_mask, c, channels, DOUBLE
         )
         grad = tl.load(
-            p_refined_grad + (image_row + r)[:, None] * channels + c[None, :], mask=row_mask[:, None] & c_mask[None, :], other=0.0
+            p_refined_grad + (image_row + r)[:, None] * channels + c[None, :],
+            mask=row_mask[:, None] & c_mask[None, :],
+            other=0.0,
         )
         down_grad = exact_dot(tl.trans(key), hidden_grad, down_grad, SPLIT)
         up_grad = exact_dot(tl.trans(grad * scale), units, up_grad, SPLIT)

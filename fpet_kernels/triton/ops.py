@@ -23,6 +23,7 @@ from .primitives import INTERPRETED
 __all__ = ["backward", "forward"]
 
 
+_ROWS = 16  # rows of the key at a time; with more, the parts of float32 products spill
 _SPREAD_ROWS = 16  # rows of the gather in the backward, one program's share
 
 
@@ -79,7 +80,7 @@ class _Problem:
         self.hidden = 0 if w_down is None else w_down.shape[0]
         self.delta = key_delta is not None
         self.masked = dropout_mask is not None
-        self.score_dtype = base.reference.compute_dtype(x, key, size, w_down, w_up, key_delta)
+        self.score_dtype = base.reference.compute_dtype(x, key, size, w_down, w_up, key_delta)  # type: ignore[attr-defined]
         self.double = self.score_dtype == torch.float64
         # A 16-bit key that nothing is added to is multiplied as it is.
         self.raw = (
@@ -87,7 +88,6 @@ class _Problem:
         ) and not self.double
         self.arch = arch = configs.table(x.device.type, x.device.index)
         self.tiles = arch.tiles_double if self.double else arch.tiles
-        self.row_block = min(32, self.tiles.block_a)
         self.block_h = min(self.tiles.block_c, configs.next_power(max(self.hidden, 1)))
         self.split = arch.split_float32
         self.short = None if self.double else configs.short_class(self.num_a, self.num_b, self.channels, self.hidden)
@@ -122,7 +122,7 @@ class _Problem:
 
     def prepare(self) -> tuple[Tensor, Tensor]:
         """k' of every row (B, N_A + N_B, C) and its norm."""
-        t, rows = self.tiles, self.row_block
+        t, rows = self.tiles, _ROWS
         prepared = self.x.new_empty(
             (self.batch, self.rows, self.channels), dtype=self.key.dtype if self.raw else self.score_dtype
         )
@@ -161,8 +161,9 @@ def _forward_long(q: _Problem, tokens: Tensor, merged_size: Tensor, match: Tenso
     )  # fmt: skip
 
 
-def _forward_short(q: _Problem, tokens: Tensor, merged_size: Tensor, match: Tensor, second: Tensor, mid: Tensor) -> None:
-    config = q.arch.forward[q.x.element_size(), q.short]
+def _forward_short(
+    q: _Problem, config: configs.Short, tokens: Tensor, merged_size: Tensor, match: Tensor, second: Tensor, mid: Tensor
+) -> None:
     # The batch decides only how many programs share an image's columns; what each one computes stays the same.
     columns = _cdiv(q.dim, config.block_d)
     steps = _cdiv(columns, min(columns, max(1, q.arch.programs // q.batch)))
@@ -190,7 +191,11 @@ def _launch_forward(
     if x.shape[0] == 0:
         return outputs
     q = _Problem(*args)
-    (_forward_long if q.short is None else _forward_short)(q, *outputs)
+    config = q.arch.forward.get((x.element_size(), q.raw, q.short)) if q.short is not None else None
+    if config is None:
+        _forward_long(q, *outputs)
+    else:
+        _forward_short(q, config, *outputs)
     return outputs
 
 
@@ -204,9 +209,7 @@ def _launch_backward(
     inputs = (x, key, size, w_down, w_up, dropout_mask, key_delta)
     problem = (split_a, split_b, grid_h, grid_w, num_prefix_tokens, scale, cosine)
     needs = (need_x, need_size, need_weights, need_refined, need_key)
-    outputs = base.backward_outputs(
-        grad_tokens, grad_size, *inputs, tokens, merged_size, match, second, mid, *problem, *needs
-    )
+    outputs = base.backward_outputs(grad_tokens, grad_size, *inputs, tokens, merged_size, match, second, mid, *problem, *needs)
     q = _Problem(*inputs, *problem)
     if q.batch == 0 or q.num_a == 0:
         for grad in outputs[1 if q.num_a == 0 and q.batch else 0 :]:  # no source: nothing reaches a key
@@ -279,11 +282,11 @@ def _backward(
                 COSINE=q.cosine, DOUBLE=q.double, SPLIT=q.split, num_warps=t.warps, num_stages=t.stages,
             )  # fmt: skip
     _launch(
-        long.key_gradient, (q.batch * _cdiv(q.prefix + q.rows, q.row_block),),
+        long.key_gradient, (q.batch * _cdiv(q.prefix + q.rows, _ROWS),),
         unit_grad, partial, prepared, norm, q.key, q.p_down, q.p_up, q.p_mask, q.p_a, q.p_b, grad_refined, grad_key,
         *q.key.stride(), *q.s_down, *q.s_up, *q.s_mask,
         q.num_a, q.rows, q.prefix, q.width, q.channels, q.heads, q.hidden, *q.scale, parts,
-        BR=q.row_block, BC=t.block_c, BH=q.block_h, PARTS=parts > 0, LISTED=q.listed, REFINED=q.refined, MASKED=q.masked,
+        BR=_ROWS, BC=t.block_c, BH=q.block_h, PARTS=parts > 0, LISTED=q.listed, REFINED=q.refined, MASKED=q.masked,
         COSINE=q.cosine, NEED_REFINED=need_refined, NEED_KEY=need_key, DOUBLE=q.double, SPLIT=q.split, num_warps=t.warps,
         num_stages=t.stages,
     )  # fmt: skip
@@ -301,7 +304,7 @@ def _weights(q: _Problem, refined_grad: Tensor, grad_down: Tensor, grad_up: Tens
         long.weight_partials, (pieces, _cdiv(q.hidden, q.block_h), _cdiv(q.channels, t.block_c)),
         refined_grad, q.key, q.p_down, q.p_up, q.p_mask, q.p_a, q.p_b, partial, *q.key.stride(), *q.s_down, *q.s_up, *q.s_mask,
         q.num_a, q.rows, q.prefix, q.width, q.channels, q.heads, q.hidden, *q.scale, rows_per_program,
-        BR=q.row_block, BC=t.block_c, BH=q.block_h, LISTED=q.listed, MASKED=q.masked, DOUBLE=q.double, SPLIT=q.split,
+        BR=_ROWS, BC=t.block_c, BH=q.block_h, LISTED=q.listed, MASKED=q.masked, DOUBLE=q.double, SPLIT=q.split,
         num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     _launch(
@@ -313,8 +316,8 @@ def _weights(q: _Problem, refined_grad: Tensor, grad_down: Tensor, grad_up: Tens
 _register = torch.library.custom_op if INTERPRETED.value else torch.library.triton_op
 _forward_op = _register("fpet::bdm_forward_triton", _launch_forward, mutates_args=())
 _backward_op = _register("fpet::bdm_backward_triton", _launch_backward, mutates_args=())
-_forward_op.register_fake(base.forward_outputs)
-_backward_op.register_fake(base.backward_outputs)
+_forward_op.register_fake(base.forward_outputs)  # type: ignore[attr-defined]
+_backward_op.register_fake(base.backward_outputs)  # type: ignore[attr-defined]
 register_flop_formula(torch.ops.fpet.bdm_forward_triton)(base.forward_flops)
 register_flop_formula(torch.ops.fpet.bdm_backward_triton)(base.backward_flops)
 

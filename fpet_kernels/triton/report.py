@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(json.dumps(asdict(row)), flush=True)
                 else:
                     print(
-                        f"{row.target:7} {row.case:28} {row.kernel:24} {row.registers!s:>4} registers {row.spills!s:>5} spilled "
+                        f"{row.target:7} {row.case:28} {row.kernel:24} {row.registers!s:>4} registers {row.spills!s:>5} spilled "  # noqa: E501
                         f"{row.shared / 1024:7.1f} KiB shared  {row.warps} warps {row.stages} stages{'  ✗' if bad else ''}",
                         flush=True,
                     )

@@ -58,9 +58,7 @@ def _refined_key(
     c = tl.arange(0, BC)
     mask = row_mask[:, None] & (c < channels)[None, :]
     if RAW:
-        refined = tl.load(
-            p_key + tokens[:, None] * stride_key_n + c.to(tl.int64)[None, :] * stride_key_c, mask=mask, other=0.0
-        )
+        refined = tl.load(p_key + tokens[:, None] * stride_key_n + c.to(tl.int64)[None, :] * stride_key_c, mask=mask, other=0.0)
     else:
         refined = load_key(p_key, stride_key_h, stride_key_n, stride_key_c, heads, tokens, row_mask, c, channels, False)
         if REFINED:
@@ -118,7 +116,7 @@ def _match_block(
     BA: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, LISTED: tl.constexpr, SIZED: tl.constexpr, REFINED: tl.constexpr,
     MASKED: tl.constexpr, DELTA: tl.constexpr, COSINE: tl.constexpr, RAW: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Matches BA sources of one image from ``start`` on: their mask, tokens, best destinations and sizes (0 beyond the last)."""
+    """Matches BA sources of one image from ``start`` on: their mask, tokens, best destinations and sizes (0 beyond the last)."""  # noqa: E501
     i = start + tl.arange(0, BA)
     a_mask = i < num_a
     token_a = source_token(i, a_mask, p_split_a, prefix, width, LISTED)
@@ -289,7 +287,9 @@ def backward_short(
                 p_x + token_a[:, None] * stride_x_n + d[None, :] * stride_x_d, mask=a_mask[:, None] & d_mask[None, :], other=0.0
             )
             grad = tl.load(
-                p_grad + e[None, :] * stride_grad_e + d[:, None] * stride_grad_d, mask=b_mask[None, :] & d_mask[:, None], other=0.0
+                p_grad + e[None, :] * stride_grad_e + d[:, None] * stride_grad_d,
+                mask=b_mask[None, :] & d_mask[:, None],
+                other=0.0,
             )
             grad_m = exact_dot(x, grad, grad_m, SPLIT)
 

@@ -119,7 +119,7 @@ class ToMe(Reducer):
         r = min(self.r, len(b))
         unit = F.normalize(key.detach().mean(1), dim=-1)
         best, choice = (unit[:, a] @ unit[:, b].transpose(1, 2)).max(-1)  # (B, N_A)
-        order = best.argsort(-1, descending=True, stable=True)
+        order = torch.argsort(best, dim=-1, descending=True, stable=True)
         merged = torch.zeros_like(best, dtype=torch.bool).scatter(1, order[:, :r], True)
         # Where each token goes: kept ones move up, in order; a merged source goes where its destination does.
         gone = torch.zeros(batch, n, dtype=torch.bool, device=x.device)
