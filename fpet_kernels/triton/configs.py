@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["TABLES", "Architecture", "Short", "Tiles", "architecture_of", "next_power", "pretend", "short_class", "table"]
 
@@ -33,7 +33,11 @@ class Short:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiled kernels: sources, destinations, channels of the key and columns of x per tile."""
+    """The tiled kernels: sources, destinations, channels of the key and columns of x per tile.
+
+    ``rows`` of the key, or of the gather in the backward, are one program's share in either path: with more than 16, the
+    parts of float32 products spill.
+    """
 
     block_a: int
     block_b: int
@@ -41,6 +45,7 @@ class Tiles:
     block_d: int
     warps: int
     stages: int
+    rows: int = 16
 
 
 @dataclass(frozen=True)
@@ -115,14 +120,22 @@ _BACKWARD_SM90 = _BACKWARD | {
     (4, False, 128): Short(16, 32, 8, 2),
 }
 
+
+def _four_warps(table: dict[tuple[int, bool, int], Short]) -> dict[tuple[int, bool, int], Short]:
+    """For warps of 64 lanes: with eight, a lane has half of the registers."""
+    return {key: replace(config, warps=4) for key, config in table.items()}
+
+
 TABLES: dict[str, Architecture] = {
     "sm80": Architecture(_FORWARD, _BACKWARD, 216, Tiles(32, 64, 64, 64, 8, 2), _DOUBLE, True, 166_912),
     "sm90": Architecture(_FORWARD_SM90, _BACKWARD_SM90, 264, Tiles(64, 64, 64, 64, 4, 2), _DOUBLE, True, 232_448),
     "sm100": Architecture(_FORWARD_SM90, _BACKWARD_SM90, 296, Tiles(64, 64, 64, 64, 4, 2), _DOUBLE, True, 232_448),
-    "gfx942": Architecture(_FORWARD, _BACKWARD, 304, Tiles(64, 64, 64, 32, 4, 2), _DOUBLE, True, 65_536),
+    "gfx942": Architecture(
+        _four_warps(_FORWARD), _four_warps(_BACKWARD_SM90), 304, Tiles(32, 64, 64, 32, 4, 2), _DOUBLE, True, 65_536
+    ),
     # Triton's interpreter pays for every operation, not for its size: few large tiles.
     "interpreter": Architecture(
-        _FORWARD_SM90, _BACKWARD_SM90, 1, Tiles(64, 64, 64, 128, 4, 1), Tiles(64, 64, 32, 64, 4, 1), True, 1 << 30
+        _FORWARD_SM90, _BACKWARD_SM90, 1, Tiles(64, 64, 64, 128, 4, 1, 64), Tiles(64, 64, 32, 64, 4, 1, 64), True, 1 << 30
     ),
     # Anything else: the least demanding of the above, for 99 KiB of shared memory (sm_86, sm_89, sm_120).
     "other": Architecture(_FORWARD, _BACKWARD, 128, Tiles(32, 64, 32, 32, 8, 1), _DOUBLE, True, 101_376),

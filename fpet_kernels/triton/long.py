@@ -304,14 +304,14 @@ def merged_size_gradient(
     j = (tl.program_id(0) % blocks) * BR + tl.arange(0, BR)
     row_mask = j < num_b
     e = (prefix + j).to(tl.int64)
+    p_grad += b * stride_grad_b
+    p_tokens += b * stride_tok_b
     dot = zeros((BR,), DOUBLE)
     for d_start in range(0, dim, BD):
         d = (d_start + tl.arange(0, BD)).to(tl.int64)
         mask = row_mask[:, None] & (d < dim)[None, :]
-        grad = tl.load(
-            p_grad + b * stride_grad_b + e[:, None] * stride_grad_e + d[None, :] * stride_grad_d, mask=mask, other=0.0
-        )
-        y = tl.load(p_tokens + b * stride_tok_b + e[:, None] * stride_tok_e + d[None, :] * stride_tok_d, mask=mask, other=0.0)
+        grad = tl.load(p_grad + e[:, None] * stride_grad_e + d[None, :] * stride_grad_d, mask=mask, other=0.0)
+        y = tl.load(p_tokens + e[:, None] * stride_tok_e + d[None, :] * stride_tok_d, mask=mask, other=0.0)
         dot += tl.sum(wide(grad, DOUBLE) * wide(y, DOUBLE), axis=1)
     out = -dot / wide(tl.load(p_merged_size + b * merged + e, mask=row_mask, other=1.0), DOUBLE)
     if GRAD_SIZE:
@@ -457,7 +457,8 @@ def key_gradient(
     stride_mask_b, stride_mask_n, stride_mask_h,
     num_a, num_rows, prefix, width, channels, heads, hidden, scale_high, scale_low, parts,
     BR: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, PARTS: tl.constexpr, LISTED: tl.constexpr, REFINED: tl.constexpr,
-    MASKED: tl.constexpr, COSINE: tl.constexpr, NEED_REFINED: tl.constexpr, NEED_KEY: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,  # noqa: E501
+    MASKED: tl.constexpr, COSINE: tl.constexpr, NEED_REFINED: tl.constexpr, NEED_KEY: tl.constexpr, DOUBLE: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dk' = (dk̂ − k̂ (k̂ · dk̂)) / ‖k'‖, written over dk̂ and, in token order, to grad_refined and grad_key; 0 for prefix tokens.
 
@@ -546,7 +547,8 @@ def _hidden_gradient(
     """dhidden = scale · dk' W_up ⊙ mask ⊙ [pre > 0], and the hidden units themselves, both [rows, h]."""
     pre, keep = _hidden(
         p_key + b * stride_key_b, stride_key_h, stride_key_n, stride_key_c, heads, p_down, stride_down_h, stride_down_c,
-        p_mask + b * stride_mask_b, stride_mask_n, stride_mask_h, token, row_mask, h, hidden, channels, BC, MASKED, DOUBLE, SPLIT,  # noqa: E501
+        p_mask + b * stride_mask_b, stride_mask_n, stride_mask_h, token, row_mask, h, hidden, channels, BC, MASKED, DOUBLE,
+        SPLIT,
     )  # fmt: skip
     through = zeros((r.shape[0], h.shape[0]), DOUBLE)
     for c_start in range(0, channels, BC):
@@ -599,10 +601,10 @@ def weight_partials(
         )
         down_grad = exact_dot(tl.trans(key), hidden_grad, down_grad, SPLIT)
         up_grad = exact_dot(tl.trans(grad * scale), units, up_grad, SPLIT)
-    mask = c_mask[:, None] & (h < hidden)[None, :]
-    at = tl.program_id(0).to(tl.int64) * 2 * channels * hidden + c[:, None] * hidden + h[None, :]
-    tl.store(p_partial + at, down_grad, mask=mask)
-    tl.store(p_partial + at + channels * hidden, up_grad, mask=mask)
+    out_mask = c_mask[:, None] & (h < hidden)[None, :]
+    out = tl.program_id(0).to(tl.int64) * 2 * channels * hidden + c[:, None] * hidden + h[None, :]
+    tl.store(p_partial + out, down_grad, mask=out_mask)
+    tl.store(p_partial + out + channels * hidden, up_grad, mask=out_mask)
 
 
 @triton.jit

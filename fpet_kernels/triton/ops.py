@@ -23,10 +23,6 @@ from .primitives import INTERPRETED
 __all__ = ["backward", "forward"]
 
 
-_ROWS = 16  # rows of the key at a time; with more, the parts of float32 products spill
-_SPREAD_ROWS = 16  # rows of the gather in the backward, one program's share
-
-
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -122,7 +118,7 @@ class _Problem:
 
     def prepare(self) -> tuple[Tensor, Tensor]:
         """k' of every row (B, N_A + N_B, C) and its norm."""
-        t, rows = self.tiles, _ROWS
+        t, rows = self.tiles, self.tiles.rows
         prepared = self.x.new_empty(
             (self.batch, self.rows, self.channels), dtype=self.key.dtype if self.raw else self.score_dtype
         )
@@ -229,12 +225,12 @@ def _backward(
     grad_x, grad_in_size, grad_down, grad_up, grad_refined, grad_key = outputs
     t = q.tiles
     keys = (need_weights or need_refined or need_key) and q.num_a > 0
-    spread = _cdiv(q.merged + q.num_a, _SPREAD_ROWS) if need_x or need_size else 0
+    spread = _cdiv(q.merged + q.num_a, t.rows) if need_x or need_size else 0
     p_grad_size = grad_tokens if grad_size is None else grad_size
     s_gs = (0, 0) if grad_size is None else grad_size.stride()[:2]
     outside = (*grad_tokens.stride(), *s_gs, *q.s_x, *q.s_size, *tokens.stride())
     spreading = {
-        "BR": _SPREAD_ROWS, "LISTED": q.listed, "SIZED": q.size is not None, "GRAD_SIZE": grad_size is not None,
+        "BR": t.rows, "LISTED": q.listed, "SIZED": q.size is not None, "GRAD_SIZE": grad_size is not None,
         "NEED_X": need_x, "NEED_SIZE": need_size,
     }  # fmt: skip
     config = q.arch.backward.get((q.x.element_size(), q.raw, q.short)) if keys and q.short is not None else None
@@ -251,9 +247,9 @@ def _backward(
     prepared, norm = q.prepare()
     gamma = q.new(q.batch, q.num_b)
     _launch(
-        long.merged_size_gradient, (q.batch * _cdiv(q.num_b, 16),),
+        long.merged_size_gradient, (q.batch * _cdiv(q.num_b, t.rows),),
         grad_tokens, p_grad_size, tokens, merged_size, gamma, *grad_tokens.stride(), *s_gs, *tokens.stride(),
-        q.num_b, q.merged, q.prefix, q.dim, BR=16, BD=q.spread_columns, GRAD_SIZE=grad_size is not None, DOUBLE=q.double,
+        q.num_b, q.merged, q.prefix, q.dim, BR=t.rows, BD=q.spread_columns, GRAD_SIZE=grad_size is not None, DOUBLE=q.double,
         num_warps=4,
     )  # fmt: skip
     unit_grad = q.new(q.batch, q.rows, q.channels)
@@ -282,11 +278,11 @@ def _backward(
                 COSINE=q.cosine, DOUBLE=q.double, SPLIT=q.split, num_warps=t.warps, num_stages=t.stages,
             )  # fmt: skip
     _launch(
-        long.key_gradient, (q.batch * _cdiv(q.prefix + q.rows, _ROWS),),
+        long.key_gradient, (q.batch * _cdiv(q.prefix + q.rows, t.rows),),
         unit_grad, partial, prepared, norm, q.key, q.p_down, q.p_up, q.p_mask, q.p_a, q.p_b, grad_refined, grad_key,
         *q.key.stride(), *q.s_down, *q.s_up, *q.s_mask,
         q.num_a, q.rows, q.prefix, q.width, q.channels, q.heads, q.hidden, *q.scale, parts,
-        BR=_ROWS, BC=t.block_c, BH=q.block_h, PARTS=parts > 0, LISTED=q.listed, REFINED=q.refined, MASKED=q.masked,
+        BR=t.rows, BC=t.block_c, BH=q.block_h, PARTS=parts > 0, LISTED=q.listed, REFINED=q.refined, MASKED=q.masked,
         COSINE=q.cosine, NEED_REFINED=need_refined, NEED_KEY=need_key, DOUBLE=q.double, SPLIT=q.split, num_warps=t.warps,
         num_stages=t.stages,
     )  # fmt: skip
@@ -304,7 +300,7 @@ def _weights(q: _Problem, refined_grad: Tensor, grad_down: Tensor, grad_up: Tens
         long.weight_partials, (pieces, _cdiv(q.hidden, q.block_h), _cdiv(q.channels, t.block_c)),
         refined_grad, q.key, q.p_down, q.p_up, q.p_mask, q.p_a, q.p_b, partial, *q.key.stride(), *q.s_down, *q.s_up, *q.s_mask,
         q.num_a, q.rows, q.prefix, q.width, q.channels, q.heads, q.hidden, *q.scale, rows_per_program,
-        BR=_ROWS, BC=t.block_c, BH=q.block_h, LISTED=q.listed, MASKED=q.masked, DOUBLE=q.double, SPLIT=q.split,
+        BR=t.rows, BC=t.block_c, BH=q.block_h, LISTED=q.listed, MASKED=q.masked, DOUBLE=q.double, SPLIT=q.split,
         num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     _launch(

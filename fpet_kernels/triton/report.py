@@ -154,9 +154,10 @@ def _nvidia_usage(cubin: bytes) -> tuple[int | None, int | None]:
 
 
 def _amd_usage(assembly: str) -> tuple[int | None, int | None]:
-    registers = re.search(r"\.vgpr_count:\s*(\d+)", assembly)
-    spills = [int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", assembly)]
-    return (int(registers[1]) if registers else None), (sum(spills) if spills else None)
+    """Vector registers; scalar ones spill into those, not into memory."""
+    found = [re.search(rf"\.vgpr_{what}:\s*(\d+)", assembly) for what in ("count", "spill_count")]
+    registers, spills = (int(f[1]) if f else None for f in found)
+    return registers, spills
 
 
 def compile_case(case: Case, target: str, kernels: tuple[str, ...] = ()) -> list[Row]:
@@ -199,7 +200,8 @@ def main(argv: list[str] | None = None) -> int:
                     print(json.dumps(asdict(row)), flush=True)
                 else:
                     print(
-                        f"{row.target:7} {row.case:28} {row.kernel:24} {row.registers!s:>4} registers {row.spills!s:>5} spilled "  # noqa: E501
+                        f"{row.target:7} {row.case:28} {row.kernel:24} {row.registers!s:>4} registers "
+                        f"{row.spills!s:>5} spilled "
                         f"{row.shared / 1024:7.1f} KiB shared  {row.warps} warps {row.stages} stages{'  ✗' if bad else ''}",
                         flush=True,
                     )

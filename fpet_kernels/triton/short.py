@@ -116,7 +116,7 @@ def _match_block(
     BA: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, LISTED: tl.constexpr, SIZED: tl.constexpr, REFINED: tl.constexpr,
     MASKED: tl.constexpr, DELTA: tl.constexpr, COSINE: tl.constexpr, RAW: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Matches BA sources of one image from ``start`` on: their mask, tokens, best destinations and sizes (0 beyond the last)."""  # noqa: E501
+    """Matches BA sources of one image from ``start`` on: their mask, tokens, best destinations, sizes (0 beyond the last)."""
     i = start + tl.arange(0, BA)
     a_mask = i < num_a
     token_a = source_token(i, a_mask, p_split_a, prefix, width, LISTED)
