@@ -71,7 +71,7 @@ def _saves_mean(
     key: Tensor, w_down: Tensor | None, w_up: Tensor | None, key_delta: Tensor | None, detach_key: bool, backend: str
 ) -> bool:
     """Whether the backward will read the detached key: then its mean is formed once, kept, and read instead."""
-    if backend != "cpu" or (key.requires_grad and not detach_key):
+    if backend != "cpu" or not detach_key:
         return False
     return any(t is not None and t.requires_grad for t in (key_delta, w_down, w_up))
 
