@@ -75,3 +75,38 @@ def test_float64():
     rows = report("sm90", ("ViT-B/16 float64, refined",))
     assert not FUSED & {row["kernel"] for row in rows}
     assert {"match_tiles", "row_pass", "column_pass", "key_gradient", "weight_partials"} <= {row["kernel"] for row in rows}
+
+
+def test_inductor_sees_the_kernels():
+    """Functionalised, as AOTAutograd does it, the operators fall apart into the kernels' launches: nothing opaque is left."""
+    import torch
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from fpet_kernels.triton import configs
+    from fpet_kernels.triton import ops as _  # noqa: F401  (registers the operators)
+
+    def step(x, key, delta):
+        problem = (None, None, 14, 14, 1, 1.0, True)
+        inputs = (x, key, None, None, None, None, delta)
+        outputs = torch.ops.fpet.bdm_forward_triton(*inputs, *problem)
+        needs = (True, False, False, True, False)
+        return outputs[0], *torch.ops.fpet.bdm_backward_triton(outputs[0], None, *inputs, *outputs, *problem, *needs)
+
+    def functionalised(*tensors):
+        with FunctionalTensorMode():
+            outputs = step(*(FunctionalTensor.to_functional(t) for t in tensors))
+            return [torch._from_functional_tensor(t.elem) for t in outputs]
+
+    with configs.pretend("sm90"), FakeTensorMode():
+        tensors = [torch.empty(4, 197, width, dtype=torch.bfloat16, device="cuda") for width in (768, 64, 64)]
+        graph = make_fx(functionalised)(*tensors).graph
+    launched = [
+        kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__
+        for node in graph.nodes
+        if "triton_kernel_wrapper" in str(node.target)
+    ]
+    assert launched == ["merge_short", "prepare_keys", "merged_size_gradient", "backward_short", "key_gradient"]
+    assert not [node for node in graph.nodes if "fpet" in str(node.target)]
