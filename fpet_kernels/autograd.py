@@ -13,6 +13,8 @@ from .reference import compute_dtype
 
 __all__ = ["BDMMerge", "BDMMergeTransformed", "BDMUnmerge"]
 
+MEAN_TOKENS = 1024  # longest input whose mean key over heads is kept for the backward
+
 
 class _NoDoubleBackward(torch.autograd.Function):
     """Passes first gradients on, and refuses to be differentiated."""
@@ -70,8 +72,11 @@ def _merge(
 def _saves_mean(
     key: Tensor, w_down: Tensor | None, w_up: Tensor | None, key_delta: Tensor | None, detach_key: bool, backend: str
 ) -> bool:
-    """Whether the backward will read the detached key: then its mean is formed once, kept, and read instead."""
-    if backend != "cpu" or not detach_key:
+    """Whether the backward will read the detached key: then its mean is formed once, kept, and read instead.
+
+    Not on long grids: beside the scores, reading the heads again costs nothing there, and the mean takes memory.
+    """
+    if backend != "cpu" or not detach_key or key.shape[2] > MEAN_TOKENS:
         return False
     return any(t is not None and t.requires_grad for t in (key_delta, w_down, w_up))
 

@@ -126,10 +126,9 @@ template <class T>
 struct Keys {
   T* turned;  // panels of (C, panel_cols): k̂_Aᵀ in the forward, k̂_Bᵀ in the backward
   T* b;       // (N_B, cp)
-  T* a;       // (N_A, cp), backward only, like the next two
+  T* a;       // (N_A, cp), backward only, like what follows
   T* norm;    // (N_A + N_B)
   T* hidden;  // (N_A + N_B, hp), after ReLU and dropout mask
-  T* mean;    // (N_A + N_B, cp), the key before refinement, where the weights' gradient needs it
 
   void plan(Arena& arena, const Problem& p, const Shared<T>& s, bool backward) {
     turned = arena.take<T>(round_up(backward ? p.num_b : p.num_a, s.panel_cols) * p.channels);
@@ -137,7 +136,6 @@ struct Keys {
     a = backward ? arena.take<T>(p.num_a * s.cp) : nullptr;
     norm = backward ? arena.take<T>(p.num_a + p.num_b) : nullptr;
     hidden = backward ? arena.take<T>((p.num_a + p.num_b) * s.hp) : nullptr;
-    mean = backward && p.hidden ? arena.take<T>((p.num_a + p.num_b) * s.cp) : nullptr;
   }
 };
 
@@ -256,7 +254,6 @@ void refine_keys(const Problem& p, const Shared<T>& s, const Keys<T>& keys, cons
       read_key(t.key + r * s.cp, t.row, p, s.cp, image, position(p, s, r0 + r));
       if (const char* fetch = ahead ? ahead->take(768) : nullptr) prefetch_lines(fetch, 12);
     }
-    if (keys.mean) memcpy(keys.mean + r0 * s.cp, t.key, size_t(rows * s.cp) * sizeof(T));
     if (p.hidden) {
       T* hidden = keys.hidden ? keys.hidden + r0 * s.hp : t.hidden;
       matmul(rows, s.hp, p.channels, t.key, s.cp, int64_t(1), s.down_t, s.hp, hidden, s.hp, false);
@@ -815,8 +812,12 @@ struct Backward {
         }
       if (weights) {
         matmul(p.channels, hp, rows, task.grad, int64_t(1), cp, hidden, hp, part, hp, false);
-        matmul(p.hidden, cp, rows, grad_hidden, int64_t(1), hp, image.keys.mean + begin * cp, cp, part + p.channels * hp, cp,
-               false);
+        // Read again: keeping the means of all rows would take as much memory as the refined keys.
+        for (int64_t r = 0; r < rows; ++r) {
+          if (r + kKeyAhead < rows) prefetch_key(p, b, position(p, shared, begin + r + kKeyAhead));
+          read_key(task.key.key + r * cp, task.key.row, p, cp, b, position(p, shared, begin + r));
+        }
+        matmul(p.hidden, cp, rows, grad_hidden, int64_t(1), hp, task.key.key, cp, part + p.channels * hp, cp, false);
       }
       if (out.key) matmul(rows, cp, p.hidden, grad_hidden, hp, int64_t(1), shared.down, cp, task.grad, cp, true);
     }
