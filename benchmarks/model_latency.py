@@ -498,6 +498,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--budget", type=float, default=DEFAULT_BUDGET,
         help=f"seconds of timing in all, default {DEFAULT_BUDGET:g}, but at least {timing.MIN_ROUNDS} rounds each")  # fmt: skip
     add("--out", help="JSON lines are appended here; none: nowhere; default benchmarks/results/model_latency-DEVICE.jsonl")
+    add("--note", help="what else a reader should know, kept in every row: say that the machine was shared")
     add("--show", metavar="FILE", help="measure nothing: tables of the rows in FILE")
     options = parser.parse_args(argv)
 
@@ -564,7 +565,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"!! No fused backend runs on {options.device}; fpet merges in plain PyTorch:", file=sys.stderr)
         print(fpet_kernels.explain(), file=sys.stderr)
     command = shlex.join(["python", "benchmarks/model_latency.py", *(sys.argv[1:] if argv is None else argv)])
-    context = timing.provenance(options.device, command)
+    context = {**timing.provenance(options.device, command), "note": options.note}
     if context["dirty"]:
         print("note: the working tree has changes that are not committed; the rows say so", file=sys.stderr)
     # torch.compile's remarks on wording and tuning are not about this measurement.

@@ -229,7 +229,7 @@ def run(tmp_path, *arguments):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
-    return run(folder, "--implementations", "all"), folder / "rows.jsonl"
+    return run(folder, "--implementations", "all", "--note", "a test"), folder / "rows.jsonl"
 
 
 def test_rows_hold_figures_and_where_they_are_from(measured):
@@ -248,6 +248,7 @@ def test_rows_hold_figures_and_where_they_are_from(measured):
         if merges:
             assert 0 < row["merging_share"] < 1 and row["merging_ms_per_image"] < row["ms_per_image"]
         assert {"commit", "dirty", "command", "cpu", "threads", "torch", "timm", "date"} <= row.keys()
+        assert row["note"] == "a test"
     for mode in bench.MODES:
         timm_row = next(r for r in rows if r["mode"] == mode)
         assert timm_row["time_ratio"] == timm_row["flop_ratio"] == 1
