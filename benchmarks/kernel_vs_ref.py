@@ -44,8 +44,13 @@ BATCHES = (1, 16, 64, 256)
 DEFAULT_CASES, DEFAULT_BATCHES = ("vitb16_224",), (1, 64)
 DEFAULT_BUDGET, QUICK_BUDGET = 48.0, 6.0
 RESULTS = Path(__file__).parent / "results"
-PAPER, PAPER_COMPILED, BEST = "paper", "paper_compiled", "best"
-LABELS = {PAPER: "paper's formulation, eager", PAPER_COMPILED: "paper's formulation, compiled"}
+REFERENCE, PAPER, PAPER_COMPILED, BEST = "reference", "paper", "paper_compiled", "best"
+BASELINES = (REFERENCE, PAPER, PAPER_COMPILED, BEST)
+LABELS = {
+    REFERENCE: "fpet_kernels.reference, eager",
+    PAPER: "paper's formulation, eager",
+    PAPER_COMPILED: "paper's formulation, compiled",
+}
 
 
 def label(name: str) -> str:
@@ -96,7 +101,7 @@ def backend_calls(name: str, problem: Problem) -> tuple[Callable[[], tuple], Cal
         )  # fmt: skip
 
     def with_second() -> tuple:
-        if name == "reference":
+        if name == REFERENCE:
             second = gate.reference_answer(problem, backward=False).second
         else:
             with torch.no_grad():
@@ -124,7 +129,7 @@ def step(call: Callable[[], tuple], problem: Problem, backward: bool) -> Callabl
 def memory_needed(setting: Setting, name: str) -> int:
     """Bytes beyond the inputs, roughly and from above: dense N_A × N_B tensors, and copies of the tokens."""
     case, item = setting.case, DTYPES[setting.dtype].itemsize
-    dense, copies = {PAPER: (8, 6), PAPER_COMPILED: (6, 6), "reference": (14, 10)}.get(name, (0, 4))
+    dense, copies = {PAPER: (8, 6), PAPER_COMPILED: (6, 6), REFERENCE: (14, 10)}.get(name, (0, 4))
     if name.startswith("indexed_"):
         dense, copies = 6, 6
     grow = 2 if setting.backward else 1
@@ -303,7 +308,7 @@ class Bench:
                 "ms_per_image_p90": sample.quantile(0.9) / batch * 1e3,
                 "rounds": len(sample.seconds), "calls_per_round": sample.calls,
                 **{f"speedup_over_{b}": seconds[b] / sample.median if b in seconds else None
-                   for b in (PAPER, PAPER_COMPILED, BEST)},
+                   for b in BASELINES},
                 "bytes_per_image": moved / batch, "gb_per_s": moved / sample.median / 1e9, "copy_gb_per_s": bandwidth / 1e9,
                 "floor_ms_per_image": moved / bandwidth / batch * 1e3, "share_of_copy": moved / bandwidth / sample.median,
                 "result_mb": results / 1e6, "peak_extra_mb": None if peak is None else max(0, peak - results) / 1e6,
@@ -335,7 +340,7 @@ def grouped(rows: Iterable[Row]) -> list[list[Row]]:
     return [list(g.values()) for g in groups.values()]
 
 
-HEADINGS = ("ms/image", "× paper", "× paper compiled", "× best PyTorch", "GB/s", "of copy", "extra MB")
+HEADINGS = ("ms/image", "× reference", "× paper", "× paper compiled", "× best PyTorch", "GB/s", "of copy", "extra MB")
 
 
 def table(group: list[Row]) -> str:
@@ -354,7 +359,7 @@ def table(group: list[Row]) -> str:
     lines.append("  " + " " * width + "".join(f"{h:>{max(10, len(h) + 2)}}" for h in HEADINGS))
     for name, r in zip(names, group, strict=True):
         cells = (
-            number(r["ms_per_image"]), *(number(r[f"speedup_over_{b}"]) for b in (PAPER, PAPER_COMPILED, BEST)),
+            number(r["ms_per_image"]), *(number(r.get(f"speedup_over_{b}")) for b in BASELINES),
             number(r["gb_per_s"]), f"{100 * r['share_of_copy']:.0f} %", number(r["peak_extra_mb"]),
         )  # fmt: skip
         lost = f"   loses {r['lost_tokens']} tokens in {r['of_images']} images" if r["lost_tokens"] else ""
@@ -382,7 +387,7 @@ def plot(rows: list[Row], path: str) -> None:
         bars = [r for r in group if r is best or r not in indexed]
         bars.sort(key=lambda r: r["ms_per_image"])
         names = ["best PyTorch found, compiled" if r is best else label(r["implementation"]) for r in bars]
-        fused = [r["implementation"] in backends.ORDER for r in bars]
+        fused = [r["implementation"] in backends.ORDER and r["implementation"] != REFERENCE for r in bars]
         drawn = axis.barh(names, [r["ms_per_image"] for r in bars], color=["#c0392b" if f else "#95a5a6" for f in fused])
         axis.bar_label(drawn, [number(r["ms_per_image"]) for r in bars], padding=3, fontsize=8)
         floor = bars[0]["floor_ms_per_image"]
@@ -458,7 +463,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--cases", default=",".join(DEFAULT_CASES), help="comma-separated names, or all; see --list")
     add("--batch", help=f"comma-separated; default {listed(DEFAULT_BATCHES)}, the full set is {listed(BATCHES)}")
     add("--mode", default=",".join(MODES), help="forward, forward+backward, or both (default)")
-    add("--backends", help="comma-separated; default: every fused one that runs on the device")
+    add("--backends", help="comma-separated; default: every fused one that runs on the device, and the reference")
     add("--threads", type=int, help="CPU threads; default torch's")
     add("--key", choices=("heads", "averaged"), default="heads",
         help="heads (default): (B, heads, N, C) in place in the qkv buffer; averaged: (B, N, C)")  # fmt: skip
@@ -529,17 +534,16 @@ def choose_backends(asked: str | None, device: torch.device) -> tuple[list[str],
     native = backends.select(probe, None)
     complaints = []
     if device.type == "cpu":
-        if native != "reference":
-            return [native], []
+        if native != REFERENCE:
+            return [native, REFERENCE], []
         found = backends.status("cpu")
         complaints.append(f"!! THE FUSED CPU BACKEND IS MISSING: {found.reason}. Fix: {found.fix or '–'}")
     # On the CPU, Triton only has its interpreter: a debugging tool, never measured unless asked for by name.
-    fused = [n for n in backends.ORDER if n not in ("reference", "cpu") and device.type != "cpu"]
+    fused = [n for n in backends.ORDER if n not in (REFERENCE, "cpu") and device.type != "cpu"]
     names = [n for n in fused if backends.refuses(n, probe) is None]
     if not names:
         complaints.append(f"!! No fused backend runs on {device}; what follows is plain PyTorch:\n{fpet_kernels.explain()}")
-        names = ["reference"]
-    return names, complaints
+    return [*names, REFERENCE], complaints
 
 
 def listing() -> str:

@@ -213,7 +213,7 @@ def test_rows_say_what_was_measured_where(quick, capsys, tmp_path):
     status, rows = quick("--dtype", "bfloat16", "--plot", str(picture))
     assert status == 0
     fused = backends.select(torch.empty(1, 1, 1), None)
-    names = {fused, "paper", "paper_compiled", *(f"indexed_{v}" for v in formulations.BEST_VARIANTS)}
+    names = {fused, "reference", "paper", "paper_compiled", *(f"indexed_{v}" for v in formulations.BEST_VARIANTS)}
     assert {(r["implementation"], r["mode"], r["dtype"]) for r in rows} == {
         (n, m, "bfloat16") for n in names for m in kernel_vs_ref.MODES
     }
