@@ -233,7 +233,8 @@ def provenance(device: torch.device, command: str) -> dict[str, object]:
     """Which code, machine and versions the numbers of this run belong to."""
     import fpet_kernels
 
-    changed = _run("git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+    products = (":(top,exclude)benchmarks/results", ":(top,exclude)docs/*.png")  # what benchmarks write changes no number
+    changed = _run("git", "status", "--porcelain", "--untracked-files=no", "--", ":/", *products)
     gpu = device.type == "cuda"
     return {
         "commit": _run("git", "rev-parse", "HEAD"),
