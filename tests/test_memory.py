@@ -40,7 +40,8 @@ print(status("VmHWM") - before - sum(t.nbytes for t in outputs.values()))
 
 
 EVERYTHING = dict(dim=32, channels=32, hidden=32)  # every input given, every gradient asked for
-PAPER = dict(dim=768, channels=64, hidden=32, heads=12, size=False, mask=False, delta=False, detach_key=True)  # ViT-B tuned by FPET
+# ViT-B tuned by FPET
+PAPER = dict(dim=768, channels=64, hidden=32, heads=12, size=False, mask=False, delta=False, detach_key=True)
 
 
 def extra(backend: str, device: str, side: int, batch: int, **options: Any) -> int:
