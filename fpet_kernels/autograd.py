@@ -84,6 +84,7 @@ def _saves_mean(
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     tensors, ctx.problem, ctx.detach_key, ctx.backend = inputs[:9], inputs[9:14], inputs[14], inputs[15]
     ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # else autograd fills zeros for every output, match and mean key too
     if len(output) == 6:
         tensors = (tensors[0], output[5], *tensors[2:])
     ctx.save_for_backward(*tensors, *output[:5])
@@ -102,9 +103,11 @@ class BDMMerge(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_tokens: Tensor, grad_size: Tensor, *_: Any) -> tuple:
+    def backward(ctx: Any, grad_tokens: Tensor | None, grad_size: Tensor | None, *_: Any) -> tuple:
         *inputs, split_a, split_b, tokens, merged_size, match, second, mid = ctx.saved_tensors
         key = inputs[1]
+        if grad_tokens is None:
+            grad_tokens = torch.zeros_like(tokens)
         need_x, need_key, need_size, need_down, need_up, _, need_delta = ctx.needs_input_grad[:7]
         need_key = need_key and not ctx.detach_key
         with torch.no_grad():

@@ -531,7 +531,7 @@ struct Backward {
   const Problem& p;
   const BackwardOutputs& out;
   const BackwardInputs* in = nullptr;
-  int64_t tasks, chunk_rows, chunks, row_chunks, group_images, groups, weight_size;
+  int64_t tasks, chunks, row_chunks, group_images, groups, weight_size;
   bool key_path, weights, by_image, stream;
   Shared<T> shared;
 
@@ -544,7 +544,7 @@ struct Backward {
   };
   struct Task {
     KeyScratch<T> key;
-    T *scores, *row_sums;       // (kPairRows, kPairCols), (chunk_rows)
+    T *scores, *row_sums;       // (kPairRows, kPairCols), one for each source of a chunk
     M *products, *x, *g, *row;  // (kPairRows, kPairCols); converted rows of x, G; one row
     const void **x_rows, **g_rows;
     T *grad, *grad_hidden;  // (kKeyRows, cp), (kKeyRows, hp)
@@ -557,12 +557,15 @@ struct Backward {
     tasks = work < kSerialWork ? 1 : threads;
     by_image = tasks == 1 || p.batch >= 2 * tasks || p.batch > kMaxGroups;
     stream = p.batch * p.tokens * p.dim * int64_t(sizeof(S)) >= kStreamBytes;
-    const int64_t wanted = max64(1, min64(kMaxChunks, ceil_div(p.num_a, 28)));
-    chunk_rows = round_up(max64(1, ceil_div(p.num_a, wanted)), 4);
-    chunks = max64(1, ceil_div(p.num_a, chunk_rows));
+    chunks = max64(1, min64(kMaxChunks, ceil_div(p.num_a, 28)));
     row_chunks = ceil_div(p.num_a + p.num_b, kKeyRows);
     group_images = max64(1, ceil_div(p.batch, kMaxGroups));
     groups = ceil_div(p.batch, group_images);
+  }
+
+  // The first source of a chunk: chunks of about the same length, in whole tiles of dot_products.
+  int64_t chunk_begin(int64_t chunk) const {
+    return chunk == chunks ? p.num_a : p.num_a * chunk / chunks / kDotRows * kDotRows;
   }
 
   // Whether the products of dM take rows of x and G as they are stored, or in compute precision.
@@ -585,7 +588,7 @@ struct Backward {
     if (!key_path) return;
     task.key.plan(arena, shared);
     task.scores = arena.take<T>(kPairRows * kPairCols);
-    task.row_sums = arena.take<T>(chunk_rows);
+    task.row_sums = arena.take<T>(ceil_div(p.num_a, chunks) + kDotRows);
     task.products = arena.take<M>(kPairRows * kPairCols);
     task.x_rows = arena.take<const void*>(kPairRows);
     task.g_rows = arena.take<const void*>(kPairCols);
@@ -724,7 +727,7 @@ struct Backward {
 
   // dk̂ of the sources of one chunk, and that chunk's share of dk̂_B, into `part` (N_B, cp).
   void pair_chunk(const Task& task, const Image& image, int64_t b, int64_t chunk, T* part, Ahead* ahead) const {
-    const int64_t begin = chunk * chunk_rows, end = min64(p.num_a, begin + chunk_rows), cp = shared.cp;
+    const int64_t begin = chunk_begin(chunk), end = chunk_begin(chunk + 1), cp = shared.cp;
     for (int64_t i = begin; i < end; ++i) task.row_sums[i - begin] = 0;
     for (int64_t j0 = 0; j0 < p.num_b; j0 += kPairCols) {
       const int64_t cols = min64(kPairCols, p.num_b - j0), padded = min64(kPairCols, shared.nbp - j0);
@@ -897,19 +900,20 @@ struct Backward {
 
   void write_weights(const Parallel& parallel) {
     const int64_t cp = shared.cp, hp = shared.hp;
-    run_ranges(parallel, p.channels + p.hidden, tasks, [&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const bool is_up = r < p.channels;
-        const int64_t row = is_up ? r : r - p.channels, width = is_up ? p.hidden : p.channels;
-        const int64_t offset = is_up ? row * hp : p.channels * hp + row * cp;
-        for (int64_t c = 0; c < width; ++c) {
-          T sum = 0;
-          for (int64_t g = 0; g < groups; ++g) sum += group_weights[g * weight_size + offset + c];
-          if (is_up) sum *= T(p.scale);
-          write_any(is_up ? out.w_up : out.w_down, out.weight_dtype, row * width + c, &sum, 1);
-        }
-      }
-    });
+    run_ranges(parallel, p.channels + p.hidden, groups * weight_size < kSerialWork ? 1 : tasks,
+               [&](int64_t, int64_t begin, int64_t end) {
+                 for (int64_t r = begin; r < end; ++r) {
+                   const bool is_up = r < p.channels;
+                   const int64_t row = is_up ? r : r - p.channels, width = is_up ? p.hidden : p.channels;
+                   const int64_t offset = is_up ? row * hp : p.channels * hp + row * cp;
+                   for (int64_t c = 0; c < width; ++c) {
+                     T sum = 0;
+                     for (int64_t g = 0; g < groups; ++g) sum += group_weights[g * weight_size + offset + c];
+                     if (is_up) sum *= T(p.scale);
+                     write_any(is_up ? out.w_up : out.w_down, out.weight_dtype, row * width + c, &sum, 1);
+                   }
+                 }
+               });
   }
 
   template <class F>
