@@ -6,7 +6,9 @@ To add a backend: a name in ``ORDER``, a ``_status_*`` function, a rule in :func
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import json
 import os
 import platform
 from pathlib import Path
@@ -17,9 +19,39 @@ from torch import Tensor
 
 from . import ops  # noqa: F401  (the schemas must exist before the native library adds its kernels)
 
-__all__ = ["ORDER", "Status", "backward_op", "explain", "forward_op", "refuses", "select", "status"]
+__all__ = [
+    "ORDER",
+    "PREFERRED",
+    "Preference",
+    "Status",
+    "backward_op",
+    "cuda_facts",
+    "explain",
+    "forward_op",
+    "refuses",
+    "select",
+    "status",
+]
 
-ORDER = ("cpu", "triton", "reference")  # preference; every backend runs only on the devices that refuses() lets through
+# Preference; every backend runs only on the devices that refuses() lets through.
+ORDER = ("cuda", "triton", "cpu", "reference")
+
+
+class Preference(NamedTuple):
+    """A class of calls for which a measurement puts ``backend`` before what ``ORDER`` says."""
+
+    backend: str
+    dtypes: tuple[torch.dtype, ...]  # of x
+    tokens: range  # N, prefix tokens included
+    measured: str  # the device and the command
+
+    def covers(self, x: Tensor) -> bool:
+        return x.dtype in self.dtypes and x.shape[1] in self.tokens
+
+
+# The first that covers a call and whose backend can run it wins. Rows come from the tables of `make gpu-check`, by hand: where
+# they show Triton faster for a dtype and a range of lengths. Empty: nothing has been measured on a GPU yet.
+PREFERRED: tuple[Preference, ...] = ()
 
 
 class Status(NamedTuple):
@@ -30,22 +62,21 @@ class Status(NamedTuple):
     fix: str = ""
 
 
-_LIBRARY_NAME = "libfpet_ops.so"
 _MIN_TORCH = (2, 10)
 
 
-def library_path() -> Path:
-    """Where the native library belongs: beside this file."""
-    return Path(__file__).parent / _LIBRARY_NAME
+def library_path(name: str = "libfpet_ops.so") -> Path:
+    """Where a native library belongs: beside this file."""
+    return Path(__file__).parent / name
 
 
-def _load_library() -> Status:
+def _load(name: str, works: str, rebuild: str) -> Status:
+    """Loads a native library, whose kernels register themselves. It asks for no GPU and no driver."""
     if os.environ.get("FPET_DISABLE_NATIVE", "") not in ("", "0"):
         return Status(False, "FPET_DISABLE_NATIVE is set", "unset FPET_DISABLE_NATIVE")
-    path = library_path()
-    rebuild = "pip install --force-reinstall --no-cache-dir . (with a C++20 compiler: apt install g++)"
+    path = library_path(name)
     if not path.exists():
-        return Status(False, f"{_LIBRARY_NAME} was not built", rebuild)
+        return Status(False, f"{name} was not built", rebuild)
     if tuple(int(v) for v in torch.__version__.split("+")[0].split(".")[:2]) < _MIN_TORCH:
         why = f"torch {torch.__version__} is older than 2.10, the first with this stable ABI"
         return Status(False, why, "pip install -U torch")
@@ -53,11 +84,79 @@ def _load_library() -> Status:
         torch.ops.load_library(str(path))
     except OSError as error:
         cause = error.__cause__ or error  # the loader's own words, where torch wraps them
-        return Status(False, f"{_LIBRARY_NAME} does not load: {cause}", rebuild)
-    return Status(True, f"native C++ kernels for {platform.machine()}")
+        return Status(False, f"{name} does not load: {cause}", rebuild)
+    return Status(True, works)
 
 
-_NATIVE = _load_library()
+def _load_cpu_library() -> Status:
+    rebuild = "pip install --force-reinstall --no-cache-dir . (with a C++20 compiler: apt install g++)"
+    return _load("libfpet_ops.so", f"native C++ kernels for {platform.machine()}", rebuild)
+
+
+_CUDA_LIBRARY = "libfpet_cuda_ops.so"
+
+
+def _load_cuda_library() -> Status:
+    if torch.version.hip:  # its tensors say that they are on cuda, but must not meet these kernels
+        why = f"torch {torch.__version__} is built for ROCm, and these kernels for CUDA"
+        return Status(False, why, "none needed: Triton runs there")
+    if not torch.version.cuda:
+        return Status(False, f"torch {torch.__version__} is built without CUDA", "install a build of torch with CUDA")
+    rebuild = "FPET_CUDA=1 pip install --force-reinstall --no-cache-dir . (with nvcc 12.4 or later)"
+    found = _load(_CUDA_LIBRARY, "native CUDA kernels", rebuild)
+    if found.available or library_path(_CUDA_LIBRARY).exists() or not (record := library_path("_build_info.json")).exists():
+        return found
+    why = json.loads(record.read_text()).get("cuda", {}).get("reason")
+    return found._replace(reason=f"{found.reason}: {why}") if why else found
+
+
+_NATIVE = _load_cpu_library()
+_CUDA = _load_cuda_library()
+
+
+def _ask_cuda(question: str, *arguments: int) -> dict[str, Any]:
+    """The answer of one of the plain C functions of the CUDA library (csrc/bindings/cuda_ops.cpp)."""
+    ask = getattr(ctypes.CDLL(str(library_path(_CUDA_LIBRARY))), question)
+    ask.restype = ctypes.c_char_p
+    return json.loads(ask(*arguments))
+
+
+def cuda_facts() -> dict[str, Any]:
+    """The CUDA library's ``nvcc``, ``architectures``, ``runtime`` version, and kernels by device; empty without it."""
+    if not _CUDA.available:
+        return {}
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {**_ask_cuda("fpet_cuda_build"), "devices": {f"cuda:{i}": _ask_cuda("fpet_cuda_kernels", i) for i in range(count)}}
+
+
+def _status_cuda() -> Status:
+    if not _CUDA.available:
+        return _CUDA
+    build = _ask_cuda("fpet_cuda_build")
+    if not torch.cuda.is_available():
+        fix = f"needs an NVIDIA GPU with a driver for CUDA {build['runtime'] // 1000} or later; nvidia-smi shows what there is"
+        return Status(False, "built, but torch finds no CUDA device here", fix)
+    return Status(True, f"native CUDA kernels, compiled by nvcc {build['nvcc']} for {build['architectures']}")
+
+
+_REFUSED_BY_CUDA: dict[int, str | None] = {}
+
+
+def _refused_by_cuda(index: int) -> str | None:
+    """Why the compiled kernels don't run on this GPU; None if they do."""
+    if index not in _REFUSED_BY_CUDA:
+        found = _ask_cuda("fpet_cuda_kernels", index)
+        error = found.get("error") or next((kernel["error"] for kernel in found["kernels"] if kernel["error"]), "")
+        if error:
+            major, minor = torch.cuda.get_device_capability(index)
+            targets = _ask_cuda("fpet_cuda_build")["architectures"]
+            error = f"on compute capability {major}.{minor}, compiled for {targets}: {error}"
+        _REFUSED_BY_CUDA[index] = error or None
+    return _REFUSED_BY_CUDA[index]
+
+
+# What torch.compiler.assume_constant_result does; calling it would import Dynamo, and with it Triton.
+_refused_by_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # found, not imported
@@ -105,6 +204,8 @@ def status(name: str) -> Status:
         return Status(True, "pure PyTorch, any device")
     if name == "cpu":
         return _NATIVE
+    if name == "cuda":
+        return _status_cuda()
     if name == "triton":
         return _status_triton()
     raise ValueError(f"backend: expected one of {', '.join(ORDER)} or None, got {name!r}")
@@ -118,6 +219,10 @@ def refuses(name: str, x: Tensor) -> str | None:
         if x.device.type != "cpu":
             return f"x is on {x.device}, and this backend runs on the CPU"
         return None if _NATIVE.available else _NATIVE.reason
+    if name == "cuda":
+        if x.device.type != "cuda":
+            return f"x is on {x.device}, and this backend runs on cuda"
+        return _refused_by_cuda(x.device.index) if _CUDA.available else _CUDA.reason
     if name == "triton":
         if not _HAS_TRITON:
             return _NO_TRITON.reason
@@ -127,6 +232,14 @@ def refuses(name: str, x: Tensor) -> str | None:
             return f"x is on {x.device}, and Triton runs on cuda (ROCm too) and xpu"
         return _too_old_for_triton(x.device.index) if x.device.type == "cuda" else None
     raise ValueError(f"backend: expected one of {', '.join(ORDER)} or None, got {name!r}")
+
+
+def _preferred(x: Tensor) -> Preference | None:
+    """The row of PREFERRED that decides a call with tokens ``x``."""
+    for row in PREFERRED:
+        if row.covers(x) and refuses(row.backend, x) is None:
+            return row
+    return None
 
 
 def select(x: Tensor, backend: str | None) -> str:
@@ -140,6 +253,9 @@ def select(x: Tensor, backend: str | None) -> str:
             return "cpu"
         if x.device.type == "cpu":  # the interpreter is a debugging tool: never chosen by itself
             return "cpu" if _NATIVE.available else "reference"
+        row = _preferred(x)
+        if row is not None:
+            return row.backend
         for name in ORDER:
             if refuses(name, x) is None:
                 return name
@@ -151,7 +267,8 @@ def select(x: Tensor, backend: str | None) -> str:
     return backend  # type: ignore[return-value]
 
 
-_OPS = {"cpu": (torch.ops.fpet.bdm_forward.default, torch.ops.fpet.bdm_backward.default)}
+# The tensors' device chooses the kernel.
+_OPS = dict.fromkeys(("cpu", "cuda"), (torch.ops.fpet.bdm_forward.default, torch.ops.fpet.bdm_backward.default))
 
 
 def forward_op(name: str) -> Any:
@@ -182,6 +299,11 @@ def explain(x: Tensor | None = None, backend: str | None = None) -> str:
         verdict = found.reason if why_not is None else f"no: {why_not}" + (f"; fix: {found.fix}" if found.fix else "")
         lines.append(f"{mark} {name:<10} {verdict}")
     if x is not None:
-        asked = "asked for by name" if backend else f"the first that runs on {x.device}"
-        lines.append(f"bdm_merge takes {chosen!r}: {asked}.")
+        row = None if backend or x.device.type in ("cpu", "meta") else _preferred(x)
+        why = "asked for by name" if backend else f"the first that runs on {x.device}"
+        if row is not None:
+            why = f"measured to be the fastest for {x.shape[1]} tokens of {str(x.dtype)[6:]} ({row.measured})"
+        elif chosen == "cuda" and not backend:
+            why += "; no measurement prefers another here" if PREFERRED else "; not measured yet: cuda is taken where built"
+        lines.append(f"bdm_merge takes {chosen!r}: {why}.")
     return "\n".join(lines)
