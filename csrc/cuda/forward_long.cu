@@ -1,0 +1,285 @@
+// Forward for grids of any length, in three launches, four where few images must fill the GPU: keys are prepared, tiles of scores
+// keep a running top two as flash attention keeps a running maximum, and every block of merged rows looks up who came to it. What
+// goes through memory besides results grows with N.
+#include "prepared_keys.cuh"
+#include "merge_lists.cuh"
+#include "tiles.cuh"
+
+namespace fpet {
+namespace cuda {
+namespace {
+
+template <class T>
+__global__ void __launch_bounds__(kKeyThreads) prepare_keys(const __grid_constant__ PrepareParams<T> p) {
+  prepare_block(p, blockIdx.x);
+}
+
+// --- matching ------------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Candidate {
+  T first, second;
+  int first_at, second_at;
+};
+
+template <class T>
+struct MatchParams {
+  Problem q;
+  PreparedKeys<T> keys;
+  int64_t *match, *second;
+  T* mid;
+  Candidate<T>* candidates;  // (B, segments, N_A), where there is more than one segment of destinations
+  int blocks, segments, segment, stages;  // blocks of sources; destinations in a segment
+};
+
+template <class T>
+FPET_DEVICE void write_match(const MatchParams<T>& p, int64_t b, int64_t i, TopTwo<T> best) {
+  T mid;
+  best.settle(int(p.q.num_b), &mid);
+  const int64_t at = b * p.q.num_a + i;
+  p.match[at] = p.q.prefix + best.first_at;
+  p.second[at] = p.q.prefix + best.second_at;
+  p.mid[at] = mid;
+}
+
+template <class T>
+FPET_DEVICE void give_candidate(const MatchParams<T>& p, int64_t b, int segment, int64_t i, const TopTwo<T>& best) {
+  if (p.segments == 1) {
+    write_match(p, b, i, best);
+  } else {
+    p.candidates[(b * p.segments + segment) * p.q.num_a + i] = {best.first, best.second, best.first_at, best.second_at};
+  }
+}
+
+// 64 sources against one segment of destinations, 128 of them at a time.
+__global__ void __launch_bounds__(kTileThreads, 2) match_tiles(const __grid_constant__ MatchParams<float> p) {
+  const Problem& q = p.q;
+  const int64_t b = blockIdx.x / (p.blocks * p.segments);
+  const int rest = int(blockIdx.x - b * (p.blocks * p.segments)), segment = rest % p.segments;
+  const int64_t i0 = int64_t(rest / p.segments) * kTileA, image_row = b * (q.num_a + q.num_b);
+  const int64_t j_begin = int64_t(segment) * p.segment, j_end = min(q.num_b, j_begin + p.segment);
+  Ring ring{shared_memory(), p.stages};
+  float* inverse_b = (float*)(ring.base + p.stages * kStageBytes);   // (128)
+  Candidate<float>* found = (Candidate<float>*)(inverse_b + kTileB);  // (4, 64)
+
+  const int first = first_pair(p.keys.parts);
+  int64_t load_j = j_begin;
+  int load_channel = 0, load_pair = first;
+  const auto fill = [&](char* stage) {
+    if (load_j >= j_end) return;
+    copy_keys(stage, p.keys.part, p.keys.parts, p.keys.padded, image_row, q.num_a, q.num_b, i0, load_j, load_channel,
+              pair_left(load_pair), pair_right(load_pair));
+    if (++load_pair < kPairs) return;
+    load_pair = first;
+    load_channel += kChannelBlock;
+    if (load_channel < p.keys.padded) return;
+    load_channel = 0;
+    load_j += kTileB;
+  };
+  ring.start(fill);
+
+  float inverse_a[2][2];
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t i = i0 + tile_row(m, half);
+      inverse_a[m][half] = i < q.num_a ? p.keys.inverse(image_row + i) : 0.f;
+    }
+  TopTwo<float> best[2][2];
+  for (int64_t j0 = j_begin; j0 < j_end; j0 += kTileB) {
+    __syncthreads();  // the norms of the last tile have been read
+    if (int(threadIdx.x) < kTileB) {
+      const int64_t j = j0 + int(threadIdx.x);
+      inverse_b[threadIdx.x] = j < j_end ? p.keys.inverse(image_row + q.num_a + j) : 0.f;
+    }
+    Tile scores = {};
+    for (int channel = 0; channel < p.keys.padded; channel += kChannelBlock)
+      for (int pair = first; pair < kPairs; ++pair) add_products<bf16, true>(scores, ring.next(fill));
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        TopTwo<float>& top = best[m][half];
+        float largest = -INFINITY;
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& score = scores[m][n][2 * half + e];
+            if (q.cosine) score = score * inverse_a[m][half] * inverse_b[tile_column(n) + e];
+            if (j0 + tile_column(n) + e >= j_end) score = -INFINITY;
+            largest = fmaxf(largest, score);
+          }
+        if (!(largest > top.second)) continue;  // most tiles change nothing
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) top.add(scores[m][n][2 * half + e], int(j0) + tile_column(n) + e);
+      }
+  }
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      TopTwo<float>& top = best[m][half];
+      top.merge_lane(1);
+      top.merge_lane(2);
+      if (lane_index() % 4 == 0)
+        found[warp_index() % 4 * kTileA + tile_row(m, half)] = {top.first, top.second, top.first_at, top.second_at};
+    }
+  __syncthreads();
+  const int row = int(threadIdx.x);
+  if (row >= kTileA || i0 + row >= q.num_a) return;
+  TopTwo<float> top;
+  for (int w = 0; w < 4; ++w) {
+    const Candidate<float>& c = found[w * kTileA + row];
+    top.merge(c.first, c.first_at, c.second, c.second_at);
+  }
+  give_candidate(p, b, segment, i0 + row, top);
+}
+
+constexpr size_t match_shared(int stages) {
+  return size_t(stages) * kStageBytes + kTileB * sizeof(float) + 4 * kTileA * sizeof(Candidate<float>);
+}
+
+// The same in float64: 32 sources, 32 destinations at a time, 2 × 2 of them a thread.
+constexpr int kWide = 32, kWideDepth = 16;
+
+__global__ void __launch_bounds__(256) match_wide(const __grid_constant__ MatchParams<double> p) {
+  const Problem& q = p.q;
+  const int64_t b = blockIdx.x / (p.blocks * p.segments);
+  const int rest = int(blockIdx.x - b * (p.blocks * p.segments)), segment = rest % p.segments;
+  const int64_t i0 = int64_t(rest / p.segments) * kWide, image_row = b * (q.num_a + q.num_b);
+  const int64_t j_begin = int64_t(segment) * p.segment, j_end = min(q.num_b, j_begin + p.segment);
+  double* left = (double*)shared_memory();  // (32, 17), as right
+  double* right = left + kWide * (kWideDepth + 1);
+  const int r = int(threadIdx.x) / 16, c = int(threadIdx.x) % 16;
+  TopTwo<double> best[2];
+  for (int64_t j0 = j_begin; j0 < j_end; j0 += kWide) {
+    double sum[2][2] = {};
+    for (int k0 = 0; k0 < p.keys.padded; k0 += kWideDepth) {
+      __syncthreads();
+      for (int e = int(threadIdx.x); e < kWide * kWideDepth; e += 256) {
+        const int row = e / kWideDepth, k = e % kWideDepth, at = row * (kWideDepth + 1) + k;
+        left[at] = i0 + row < q.num_a ? p.keys.at(image_row + i0 + row, k0 + k) : 0.0;
+        right[at] = j0 + row < j_end ? p.keys.at(image_row + q.num_a + j0 + row, k0 + k) : 0.0;
+      }
+      __syncthreads();
+      for (int k = 0; k < kWideDepth; ++k)
+        for (int m = 0; m < 2; ++m)
+          for (int n = 0; n < 2; ++n)
+            sum[m][n] += left[(r + 16 * m) * (kWideDepth + 1) + k] * right[(c + 16 * n) * (kWideDepth + 1) + k];
+    }
+    for (int m = 0; m < 2; ++m)
+      for (int n = 0; n < 2; ++n) {
+        const int64_t i = i0 + r + 16 * m, j = j0 + c + 16 * n;
+        if (i >= q.num_a || j >= j_end) continue;
+        best[m].add(sum[m][n] * p.keys.inverse(image_row + i) * p.keys.inverse(image_row + q.num_a + j), int(j));
+      }
+  }
+  for (int m = 0; m < 2; ++m) {
+    for (int lanes = 1; lanes < 16; lanes *= 2) best[m].merge_lane(lanes);
+    if (c == 0 && i0 + r + 16 * m < q.num_a) give_candidate(p, b, segment, i0 + r + 16 * m, best[m]);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(256) join_candidates(const __grid_constant__ MatchParams<T> p) {
+  const int64_t at = int64_t(blockIdx.x) * 256 + threadIdx.x;
+  if (at >= p.q.batch * p.q.num_a) return;
+  const int64_t b = at / p.q.num_a, i = at - b * p.q.num_a;
+  TopTwo<T> best;
+  for (int s = 0; s < p.segments; ++s) {
+    const Candidate<T>& c = p.candidates[(b * p.segments + s) * p.q.num_a + i];
+    best.merge(c.first, c.first_at, c.second, c.second_at);
+  }
+  write_match(p, b, i, best);
+}
+
+// How many segments destinations are cut into, for a small batch to fill the GPU. A top two does not depend on it.
+constexpr int kMaxSegments = 8;
+
+template <class T>
+struct Plan {
+  MatchParams<T> match;
+  size_t bytes;
+
+  Plan(const Problem& q, char* base) {
+    Arena arena{base};
+    match.q = q;
+    match.keys.plan(arena, q);
+    const int64_t a = sizeof(T) == 8 ? kWide : kTileA, b = sizeof(T) == 8 ? kWide : kTileB;
+    match.blocks = int(ceil_div(q.num_a, a));
+    const int64_t wanted = ceil_div(int64_t(2) * limits().multiprocessors, max(int64_t(1), q.batch * match.blocks));
+    const int64_t tiles = ceil_div(q.num_b, b);
+    match.segment = int(ceil_div(tiles, min(min(wanted, int64_t(kMaxSegments)), tiles)) * b);
+    match.segments = int(ceil_div(q.num_b, int64_t(match.segment)));
+    match.candidates = arena.take<Candidate<T>>(match.segments > 1 ? q.batch * match.segments * q.num_a : 0);
+    bytes = arena.used;
+  }
+};
+
+template <class T>
+CudaStatus match_all(const Problem& q, const ForwardOutputs& out, void* workspace, cudaStream_t stream) {
+  Plan<T> plan(q, (char*)workspace);
+  MatchParams<T>& p = plan.match;
+  p.match = out.match;
+  p.second = out.second;
+  p.mid = (T*)out.mid;
+  const PrepareParams<T> prepare(q, p.keys);
+  CudaStatus status = FPET_LAUNCH(prepare_keys<T>, dim3(unsigned(q.batch * prepare.blocks)), kKeyThreads, prepare.bytes, stream,
+                                  prepare);
+  if (status.kernel) return status;
+  const dim3 grid(unsigned(q.batch * p.blocks * p.segments));
+  if constexpr (sizeof(T) == 8) {
+    status = FPET_LAUNCH(match_wide, grid, 256u, 2 * kWide * (kWideDepth + 1) * sizeof(double), stream, p);
+  } else {
+    p.stages = 3;
+    status = FPET_LAUNCH(match_tiles, grid, kTileThreads, match_shared(p.stages), stream, p);
+  }
+  if (status.kernel || p.segments == 1) return status;
+  return FPET_LAUNCH(join_candidates<T>, dim3(unsigned(ceil_div(q.batch * q.num_a, int64_t(256)))), 256u, size_t(0), stream, p);
+}
+
+}  // namespace
+
+size_t forward_long_workspace(const Problem& q) {
+  if (!q.num_a || !q.batch) return 0;
+  return q.wide_scores ? Plan<double>(q, nullptr).bytes : Plan<float>(q, nullptr).bytes;
+}
+
+CudaStatus forward_long(const Problem& q, const ForwardOutputs& out, void* workspace, cudaStream_t stream) {
+  if (!q.batch) return {};
+  if (q.num_a) {
+    const CudaStatus status =
+        q.wide_scores ? match_all<double>(q, out, workspace, stream) : match_all<float>(q, out, workspace, stream);
+    if (status.kernel) return status;
+  }
+  MergeParams merge{};
+  merge.q = q;
+  merge.match = out.match;
+  merge.tokens = out.tokens;
+  merge.merged_size = out.merged_size;
+  merge.mean = true;
+  return launch_merge_lists(merge, stream);
+}
+
+KernelList forward_long_kernels() {
+  static const KernelEntry entries[] = {
+      {"prepare_keys<float>", (const void*)prepare_keys<float>, kKeyThreads, 26 << 10},
+      {"prepare_keys<double>", (const void*)prepare_keys<double>, kKeyThreads, 52 << 10},
+      {"match_tiles", (const void*)match_tiles, kTileThreads, match_shared(3)},
+      {"match_wide", (const void*)match_wide, 256, 2 * kWide * (kWideDepth + 1) * sizeof(double)},
+      {"join_candidates<float>", (const void*)join_candidates<float>, 256, 0},
+      {"join_candidates<double>", (const void*)join_candidates<double>, 256, 0},
+      {"merge_lists<float>", (const void*)merge_lists<float>, kMergeThreads, kMergeShared},
+      {"merge_lists<double>", (const void*)merge_lists<double>, kMergeThreads, kMergeShared},
+      {"merge_lists<bf16>", (const void*)merge_lists<bf16>, kMergeThreads, kMergeShared},
+      {"merge_lists<f16>", (const void*)merge_lists<f16>, kMergeThreads, kMergeShared},
+  };
+  return {entries, int(sizeof(entries) / sizeof(*entries))};
+}
+
+}  // namespace cuda
+}  // namespace fpet
