@@ -1,0 +1,12 @@
+// Forward: short grids in one launch, all others tiled.
+#include "launch.cuh"
+
+namespace fpet {
+
+size_t cuda_forward_workspace(const Problem& p) { return cuda::forward_short_takes(p) ? 0 : cuda::forward_long_workspace(p); }
+
+CudaStatus cuda_forward(const Problem& p, const ForwardOutputs& out, void* workspace, cudaStream_t stream) {
+  return cuda::forward_short_takes(p) ? cuda::forward_short(p, out, stream) : cuda::forward_long(p, out, workspace, stream);
+}
+
+}  // namespace fpet

@@ -1,0 +1,524 @@
+// The key path in registers: sixteen keys at a time are averaged over heads, refined and normalised by one warp, in the layout in
+// which matrix units take a left factor, so that nothing passes through shared memory in between.
+//
+// A strip is 16 rows of up to 32 Q columns. With g = lane / 4, t = lane % 4 a lane holds of rows g and g + 8, from each 32
+// columns, the eight from 8t on: 16 bytes of a 16-bit row. Matrix units sum over columns in any order, so the fragments of
+// mma.cuh are filled with what a lane has, and the right factors in shared memory have their columns in the order that fits:
+// column 8t + 2j + e of 32 lies at 8j + 2t + e (column_position, its own inverse). A product whose right factor has its *rows* in
+// that order, too, leaves its result in a strip again.
+#pragma once
+
+#include "mma.cuh"
+
+namespace fpet {
+namespace cuda {
+
+constexpr int kHiddenGroups = 2;  // hidden units of the refinement on matrix units, in groups of 32
+
+FPET_DEVICE int column_position(int c) { return (c & ~30) | ((c << 2) & 24) | ((c >> 2) & 6); }
+
+template <int Q>
+struct Strip {
+  float v[Q][2][8];
+};
+// The same as pairs of 16 bits.
+template <int Q>
+struct Tiles {
+  uint32_t w[Q][2][4];
+};
+
+// Whether eight neighbouring columns of a row can be read at once; `strides` are those of the other dimensions.
+inline bool reads_eight(const View& v, int64_t columns, int64_t column_stride, std::initializer_list<int64_t> strides) {
+  if (!v.data || v.dtype == DType::f64 || columns % 8 || column_stride != 1) return false;
+  const int64_t bytes = v.dtype == DType::boolean ? 8 : 16;
+  bool yes = int64_t(uintptr_t(v.data)) % bytes == 0;
+  for (const int64_t s : strides) yes = yes && s * size_of(v.dtype) % bytes == 0;
+  return yes;
+}
+
+// --- loading -----------------------------------------------------------------------------------------------------------------------
+
+template <class S>
+struct Eight {
+  uint4 raw[int(sizeof(S)) / 2];
+
+  FPET_DEVICE void load(const S* p, bool valid) {
+#pragma unroll
+    for (int i = 0; i < int(sizeof(S)) / 2; ++i)
+      raw[i] = valid ? load16(p + 8 / (int(sizeof(S)) / 2) * i) : make_uint4(0, 0, 0, 0);
+  }
+  FPET_DEVICE void add_to(float (&v)[8]) const {
+    constexpr int n = Lanes<S>::count;
+#pragma unroll
+    for (int i = 0; i < 8 / n; ++i) {
+      const Lanes<S> part = unpack<S>(raw[i]);
+#pragma unroll
+      for (int e = 0; e < n; ++e) v[n * i + e] += part.v[e];
+    }
+  }
+};
+
+// v += the eight columns from `column` on of the row that starts at `offset`.
+FPET_DEVICE void add_eight(float (&v)[8], const View& view, int64_t offset, int64_t column_stride, int column, int columns,
+                           bool eight) {
+  if (column >= columns) return;
+  if (!eight) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e)
+      if (column + e < columns) v[e] += load_any<float>(view, offset + (column + e) * column_stride);
+    return;
+  }
+  offset += column;
+  if (view.dtype == DType::f32) {
+    Eight<float> part;
+    part.load((const float*)view.data + offset, true);
+    part.add_to(v);
+  } else if (view.dtype == DType::bf16) {
+    Eight<bf16> part;
+    part.load((const bf16*)view.data + offset, true);
+    part.add_to(v);
+  } else if (view.dtype == DType::f16) {
+    Eight<f16> part;
+    part.load((const f16*)view.data + offset, true);
+    part.add_to(v);
+  } else {
+    const uint2 raw = __ldg((const uint2*)((const uint8_t*)view.data + offset));
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      v[e] += (raw.x >> 8 * e & 255) != 0;
+      v[4 + e] += (raw.y >> 8 * e & 255) != 0;
+    }
+  }
+}
+
+// Rows r[0] and r[1] of a matrix, -1 for a row of zeros.
+template <int Q>
+FPET_DEVICE void load_strip(Strip<Q>& s, const View& view, const int64_t (&r)[2], int64_t base, int64_t row_stride,
+                            int64_t column_stride, int columns, bool eight) {
+  const int t = lane_index() & 3;
+#pragma unroll
+  for (int q = 0; q < Q; ++q)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) s.v[q][i][e] = 0.f;
+      if (r[i] >= 0) add_eight(s.v[q][i], view, base + r[i] * row_stride, column_stride, 32 * q + 8 * t, columns, eight);
+    }
+}
+
+template <class S, int Q>
+FPET_DEVICE void sum_heads(Strip<Q>& s, const Problem& p, int64_t image, const int64_t (&token)[2]) {
+  const int t = lane_index() & 3;
+  const S* row[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    row[i] = (const S*)p.key.data + image * p.key.stride[0] + (token[i] < 0 ? 0 : token[i]) * p.key.stride[2] + 8 * t;
+#pragma unroll 2
+  for (int head = 0; head < int(p.heads); ++head) {
+    Eight<S> part[Q][2];
+#pragma unroll
+    for (int q = 0; q < Q; ++q)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) part[q][i].load(row[i] + 32 * q, token[i] >= 0 && 32 * q + 8 * t < int(p.channels));
+#pragma unroll
+    for (int q = 0; q < Q; ++q)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) part[q][i].add_to(s.v[q][i]);
+    row[0] += p.key.stride[1];
+    row[1] += p.key.stride[1];
+  }
+}
+
+// Keys of two tokens, averaged over heads; -1: zeros. `eight`: reads_eight of the key.
+template <int Q>
+FPET_DEVICE void load_keys(Strip<Q>& s, const Problem& p, int64_t image, const int64_t (&token)[2], bool eight) {
+#pragma unroll
+  for (int q = 0; q < Q; ++q)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int e = 0; e < 8; ++e) s.v[q][i][e] = 0.f;
+  if (eight && p.key.dtype == DType::f32) {
+    sum_heads<float>(s, p, image, token);
+  } else if (eight && p.key.dtype == DType::bf16) {
+    sum_heads<bf16>(s, p, image, token);
+  } else if (eight && p.key.dtype == DType::f16) {
+    sum_heads<f16>(s, p, image, token);
+  } else {
+    const int t = lane_index() & 3;
+    for (int head = 0; head < int(p.heads); ++head) {
+      const int64_t base = image * p.key.stride[0] + head * p.key.stride[1];
+#pragma unroll
+      for (int q = 0; q < Q; ++q)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          if (token[i] >= 0)
+            add_eight(s.v[q][i], p.key, base + token[i] * p.key.stride[2], p.key.stride[3], 32 * q + 8 * t, int(p.channels),
+                      false);
+    }
+  }
+  if (p.heads == 1) return;
+  const float heads = float(p.heads);
+#pragma unroll
+  for (int q = 0; q < Q; ++q)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int e = 0; e < 8; ++e) s.v[q][i][e] /= heads;
+}
+
+// 16-bit keys as they are stored; no mean over heads.
+template <int Q>
+FPET_DEVICE void load_raw_keys(Tiles<Q>& s, const Problem& p, int64_t image, const int64_t (&token)[2], bool eight) {
+  const int t = lane_index() & 3;
+#pragma unroll
+  for (int q = 0; q < Q; ++q)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column = 32 * q + 8 * t;
+      uint4 raw = make_uint4(0, 0, 0, 0);
+      if (token[i] >= 0 && column < int(p.channels)) {
+        const uint16_t* row = (const uint16_t*)p.key.data + image * p.key.stride[0] + token[i] * p.key.stride[2];
+        if (eight) {
+          raw = load16(row + column);
+        } else {
+          uint32_t half[8];
+#pragma unroll
+          for (int e = 0; e < 8; ++e) half[e] = column + e < int(p.channels) ? row[(column + e) * p.key.stride[3]] : 0;
+          raw = make_uint4(half[0] | half[1] << 16, half[2] | half[3] << 16, half[4] | half[5] << 16, half[6] | half[7] << 16);
+        }
+      }
+      s.w[q][i][0] = raw.x, s.w[q][i][1] = raw.y, s.w[q][i][2] = raw.z, s.w[q][i][3] = raw.w;
+    }
+}
+
+// --- rows of a strip -----------------------------------------------------------------------------------------------------------------
+
+// Σ v² of both rows.
+template <int Q>
+FPET_DEVICE void sum_squares(float (&sum)[2], const Strip<Q>& s) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float part = 0.f;
+#pragma unroll
+    for (int q = 0; q < Q; ++q)
+#pragma unroll
+      for (int e = 0; e < 8; ++e) part += s.v[q][i][e] * s.v[q][i][e];
+    sum[i] = warp_sum<4>(part);
+  }
+}
+template <class S, int Q>
+FPET_DEVICE void sum_squares(float (&sum)[2], const Tiles<Q>& s) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float part = 0.f;
+#pragma unroll
+    for (int q = 0; q < Q; ++q)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float low = low_half<S>(s.w[q][i][j]), high = high_half<S>(s.w[q][i][j]);
+        part += low * low;
+        part += high * high;
+      }
+    sum[i] = warp_sum<4>(part);
+  }
+}
+
+// 1 / max(norm, 1e-12); NaN passes.
+FPET_DEVICE float inverse_norm(float norm) { return 1.f / (norm < 1e-12f ? 1e-12f : norm); }
+
+// The power of two by which the rows are multiplied before they are split, so that their largest number is near 2^12.
+template <int Q>
+FPET_DEVICE void split_scales(float (&scale)[2], const Strip<Q>& s) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float largest = 0.f;
+#pragma unroll
+    for (int q = 0; q < Q; ++q)
+#pragma unroll
+      for (int e = 0; e < 8; ++e) largest = fmaxf(largest, fabsf(s.v[q][i][e]));
+    scale[i] = split_scale(warp_max<4>(largest));
+  }
+}
+
+template <int Q>
+FPET_DEVICE void split_strip(Tiles<Q>& high, Tiles<Q>& low, const Strip<Q>& s, const float (&scale)[2]) {
+#pragma unroll
+  for (int q = 0; q < Q; ++q)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const SplitPair pair = split_pair(s.v[q][i][2 * j] * scale[i], s.v[q][i][2 * j + 1] * scale[i]);
+        high.w[q][i][j] = pair.high;
+        low.w[q][i][j] = pair.low;
+      }
+}
+
+// --- right factors in shared memory: rows of `stride` elements, an odd multiple of 16 bytes, columns in column_position's order ------
+
+__host__ __device__ constexpr int plane_stride(int groups) { return 32 * groups + 8; }
+
+// Rows `row` .. `row` + 15.
+template <int Q>
+FPET_DEVICE void store_tiles(uint16_t* plane, int stride, int row, const Tiles<Q>& s, int groups = Q) {
+  const int g = lane_index() >> 2, t = lane_index() & 3;
+#pragma unroll
+  for (int q = 0; q < Q; ++q) {
+    if (q >= groups) break;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) *(uint32_t*)(plane + (row + g + 8 * i) * stride + 32 * q + 8 * j + 2 * t) = s.w[q][i][j];
+  }
+}
+
+// The fragment of 16 columns: half h of group q.
+template <int Q>
+FPET_DEVICE void left_fragment(uint32_t (&a)[4], const Tiles<Q>& s, int q, int h) {
+  a[0] = s.w[q][0][2 * h], a[1] = s.w[q][1][2 * h], a[2] = s.w[q][0][2 * h + 1], a[3] = s.w[q][1][2 * h + 1];
+}
+
+// Where this lane reads from for ldmatrix of 16 rows and 16 columns.
+FPET_DEVICE const uint16_t* right_address(const uint16_t* plane, int stride) {
+  const int lane = lane_index();
+  return plane + ((lane >> 4) * 8 + (lane & 7)) * stride + (lane >> 3 & 1) * 8;
+}
+
+// d[n] += strip · (rows 8n .. 8n+7 of the plane)ᵀ over `groups` × 32 columns; `right` is right_address of the first row.
+template <class S, int Q>
+FPET_DEVICE void multiply_raw(float (&d)[2][4], const Tiles<Q>& a, const uint16_t* right, int groups) {
+#pragma unroll
+  for (int q = 0; q < Q; ++q) {
+    if (q >= groups) break;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint32_t left[4], both[4];
+      left_fragment(left, a, q, h);
+      ldmatrix(both, right + 32 * q + 16 * h);
+      const uint32_t b0[2] = {both[0], both[1]}, b1[2] = {both[2], both[3]};
+      mma_exact<S>(d[0], left, b0);
+      mma_exact<S>(d[1], left, b1);
+    }
+  }
+}
+
+// The same of numbers split in two; the low parts of the right factor lie `low_offset` elements behind the high ones. `no_low`:
+// the left factor has none.
+template <int Q>
+FPET_DEVICE void multiply_split(float (&d)[2][4], const Tiles<Q>& high, const Tiles<Q>& low, const uint16_t* right,
+                                int low_offset, int groups, bool no_low = false) {
+  float small[2][4] = {};
+#pragma unroll
+  for (int q = 0; q < Q; ++q) {
+    if (q >= groups) break;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint32_t left[4], left_low[4], both[4], both_low[4];
+      left_fragment(left, high, q, h);
+      left_fragment(left_low, low, q, h);
+      ldmatrix(both, right + 32 * q + 16 * h);
+      ldmatrix(both_low, right + low_offset + 32 * q + 16 * h);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const uint32_t b[2] = {both[2 * n], both[2 * n + 1]}, b_low[2] = {both_low[2 * n], both_low[2 * n + 1]};
+        mma_exact<f16>(d[n], left, b);
+        mma_f16(small[n], left, b_low);
+        if (!no_low) mma_f16(small[n], left_low, b);
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) d[n][e] += small[n][e];
+}
+
+// --- refinement ----------------------------------------------------------------------------------------------------------------------
+
+// W_down and W_up in shared memory, split: rows in column_position's order, and by what to multiply a row's products.
+struct Weights {
+  uint16_t *down, *up;                // 2 planes (32 hidden groups, C), 2 planes (32 channel groups, h)
+  float *down_unscale, *up_unscale;   // by hidden unit, by channel
+  int hidden_groups, channel_groups;  // of 32
+
+  __host__ __device__ static size_t bytes(int hidden_groups, int channel_groups) {
+    return size_t(4) * (32 * hidden_groups * plane_stride(channel_groups) + 32 * channel_groups * plane_stride(hidden_groups)) +
+           size_t(4) * 32 * (hidden_groups + channel_groups);
+  }
+  FPET_DEVICE Weights(char* memory, int hidden_groups_, int channel_groups_)
+      : hidden_groups(hidden_groups_), channel_groups(channel_groups_) {
+    down = (uint16_t*)memory;
+    up = down + 2 * down_low();
+    down_unscale = (float*)(up + 2 * up_low());
+    up_unscale = down_unscale + 32 * hidden_groups;
+  }
+  FPET_DEVICE int down_low() const { return 32 * hidden_groups * plane_stride(channel_groups); }
+  FPET_DEVICE int up_low() const { return 32 * channel_groups * plane_stride(hidden_groups); }
+};
+
+// A warp's share of one weight matrix: strip `strip` of its rows.
+template <int Q>
+FPET_DEVICE void store_weights(const View& view, int rows, int columns, bool eight, int strip, uint16_t* plane, int low_offset,
+                               int groups, float* unscale) {
+  const int g = lane_index() >> 2, t = lane_index() & 3;
+  Strip<Q> s;
+  Tiles<Q> high, low;
+  float scale[2];
+  int64_t row[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    row[i] = column_position(16 * strip + g + 8 * i);
+    if (row[i] >= rows) row[i] = -1;
+  }
+  load_strip(s, view, row, 0, view.stride[0], view.stride[1], columns, eight);
+  split_scales(scale, s);
+  split_strip(high, low, s, scale);
+  store_tiles(plane, plane_stride(groups), 16 * strip, high, groups);
+  store_tiles(plane + low_offset, plane_stride(groups), 16 * strip, low, groups);
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    if (t == 0) unscale[column_position(16 * strip + g + 8 * i)] = 1.f / scale[i];
+}
+
+// All of both matrices, by all warps of the block; a barrier must follow.
+template <int Q>
+FPET_DEVICE void fill_weights(const Weights& w, const Problem& p, bool down_eight, bool up_eight) {
+  const int warps = int(blockDim.x) / 32, down_strips = 2 * w.hidden_groups, strips = down_strips + 2 * w.channel_groups;
+  for (int s = warp_index(); s < strips; s += warps) {
+    if (s < down_strips)
+      store_weights<Q>(p.w_down, int(p.hidden), int(p.channels), down_eight, s, w.down, w.down_low(), w.channel_groups,
+                       w.down_unscale);
+    else
+      store_weights<kHiddenGroups>(p.w_up, int(p.channels), int(p.hidden), up_eight, s - down_strips, w.up, w.up_low(),
+                                   w.hidden_groups, w.up_unscale);
+  }
+}
+
+// key += scale · ReLU(key W_downᵀ) ⊙ mask W_upᵀ. `short_key`: the key has no more than f16's 11 bits.
+template <int Q>
+FPET_DEVICE void refine(Strip<Q>& key, const Weights& w, const Problem& p, int64_t image, const int64_t (&token)[2],
+                        bool short_key, bool mask_eight) {
+  const int t = lane_index() & 3;
+  Strip<kHiddenGroups> hidden;
+  float scale[2];
+  {
+    Tiles<Q> high, low;
+    split_scales(scale, key);
+    split_strip(high, low, key, scale);
+    const float unscale[2] = {1.f / scale[0], 1.f / scale[1]};
+    const int stride = plane_stride(w.channel_groups);
+    const uint16_t* right = right_address(w.down, stride);
+#pragma unroll
+    for (int q = 0; q < kHiddenGroups; ++q)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float d[2][4] = {};
+        if (q < w.hidden_groups)
+          multiply_split(d, high, low, right + (32 * q + 16 * h) * stride, w.down_low(), w.channel_groups, short_key);
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int at = 4 * h + 2 * n + e % 2;
+            const float unit = q < w.hidden_groups ? d[n][e] * unscale[e / 2] * w.down_unscale[32 * q + 8 * t + at] : 0.f;
+            hidden.v[q][e / 2][at] = unit < 0.f ? 0.f : unit;  // NaN passes
+          }
+      }
+  }
+  if (p.dropout_mask.data) {
+#pragma unroll
+    for (int q = 0; q < kHiddenGroups; ++q)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (token[i] < 0) continue;
+        float keep[8] = {};
+        add_eight(keep, p.dropout_mask, image * p.dropout_mask.stride[0] + token[i] * p.dropout_mask.stride[1],
+                  p.dropout_mask.stride[2], 32 * q + 8 * t, int(p.hidden), mask_eight);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) hidden.v[q][i][e] *= keep[e];
+      }
+  }
+  Tiles<kHiddenGroups> high, low;
+  split_scales(scale, hidden);
+  split_strip(high, low, hidden, scale);
+  const float unscale[2] = {1.f / scale[0], 1.f / scale[1]}, factor = float(p.scale);
+  const int stride = plane_stride(w.hidden_groups);
+  const uint16_t* right = right_address(w.up, stride);
+#pragma unroll
+  for (int q = 0; q < Q; ++q) {
+    if (q >= w.channel_groups) break;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float d[2][4] = {};
+      multiply_split(d, high, low, right + (32 * q + 16 * h) * stride, w.up_low(), w.hidden_groups);
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int at = 4 * h + 2 * n + e % 2;
+          key.v[q][e / 2][at] += factor * (d[n][e] * unscale[e / 2] * w.up_unscale[32 * q + 8 * t + at]);
+        }
+    }
+  }
+}
+
+// What was asked of the vector loads, found by the launcher.
+struct KeyReads {
+  bool key, delta, mask, down, up;
+
+  KeyReads() = default;
+  explicit KeyReads(const Problem& p)
+      : key(reads_eight(p.key, p.channels, p.key.stride[3],
+                        {p.key.stride[0], p.heads > 1 ? p.key.stride[1] : 0, p.key.stride[2]})),
+        delta(reads_eight(p.key_delta, p.channels, p.key_delta.stride[2], {p.key_delta.stride[0], p.key_delta.stride[1]})),
+        mask(reads_eight(p.dropout_mask, p.hidden, p.dropout_mask.stride[2],
+                         {p.dropout_mask.stride[0], p.dropout_mask.stride[1]})),
+        down(reads_eight(p.w_down, p.channels, p.w_down.stride[1], {p.w_down.stride[0]})),
+        up(reads_eight(p.w_up, p.hidden, p.w_up.stride[1], {p.w_up.stride[0]})) {}
+};
+
+// k' of two tokens: mean over heads, refinement, delta.
+template <int Q>
+FPET_DEVICE void refined_keys(Strip<Q>& s, const Weights& w, const Problem& p, const KeyReads& reads, int64_t image,
+                              const int64_t (&token)[2]) {
+  load_keys(s, p, image, token, reads.key);
+  if (p.hidden) {
+    const bool short_key = p.heads == 1 && (p.key.dtype == DType::bf16 || p.key.dtype == DType::f16);
+    refine(s, w, p, image, token, short_key, reads.mask);
+  }
+  if (!p.key_delta.data) return;
+  const int t = lane_index() & 3;
+#pragma unroll
+  for (int q = 0; q < Q; ++q)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (token[i] >= 0)
+        add_eight(s.v[q][i], p.key_delta, image * p.key_delta.stride[0] + token[i] * p.key_delta.stride[1],
+                  p.key_delta.stride[2], 32 * q + 8 * t, int(p.channels), reads.delta);
+}
+
+// Splits k̂ (k' if not cosine) for a product with other keys, whose result is to be multiplied by both rows' `unscale`.
+template <int Q>
+FPET_DEVICE void split_keys(Tiles<Q>& high, Tiles<Q>& low, float (&unscale)[2], Strip<Q>& s, bool cosine) {
+  float scale[2];
+  if (cosine) {
+    float squares[2];
+    sum_squares(squares, s);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float inverse = inverse_norm(sqrtf(squares[i]));
+#pragma unroll
+      for (int q = 0; q < Q; ++q)
+#pragma unroll
+        for (int e = 0; e < 8; ++e) s.v[q][i][e] *= inverse;
+    }
+  }
+  split_scales(scale, s);
+  split_strip(high, low, s, scale);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) unscale[i] = 1.f / scale[i];
+}
+
+}  // namespace cuda
+}  // namespace fpet
