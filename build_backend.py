@@ -34,25 +34,37 @@ __all__ = [
     "build_sdist",
     "build_wheel",
     "find_compiler",
+    "find_nvcc",
     "find_torch",
     "get_requires_for_build_editable",
     "get_requires_for_build_sdist",
     "get_requires_for_build_wheel",
     "prepare_metadata_for_build_editable",
     "prepare_metadata_for_build_wheel",
+    "torch_cuda",
     "torch_version",
 ]
 
 MIN_TORCH = (2, 10)
 
 
-def torch_version(directory: Path) -> str | None:
-    """Version of the torch package in ``directory``, read without importing it; None if there is none."""
+def _said(directory: Path, name: str) -> str | None:
+    """A string in torch's version.py."""
     try:
-        found = re.search(r"^__version__ = ['\"]([^'\"]+)", (directory / "version.py").read_text(), re.MULTILINE)
+        found = re.search(rf"^{name}\b[^=\n]* = ['\"]([^'\"]+)", (directory / "version.py").read_text(), re.MULTILINE)
     except OSError:
         return None
     return found[1] if found else None
+
+
+def torch_version(directory: Path) -> str | None:
+    """Version of the torch package in ``directory``, read without importing it; None if there is none."""
+    return _said(directory, "__version__")
+
+
+def torch_cuda(directory: Path) -> str | None:
+    """Version of CUDA that the torch package in ``directory`` was built with; None for other builds."""
+    return _said(directory, "cuda")
 
 
 def _usable(directory: Path) -> bool:
@@ -96,6 +108,14 @@ def find_compiler() -> list[str] | None:
     """The C++ compiler's command: $CXX, or the first of the usual names on PATH; None if it isn't there."""
     candidates = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["c++"], ["g++"], ["clang++"]]
     return next((command for command in candidates if all(map(shutil.which, command[:1]))), None)
+
+
+def find_nvcc() -> str | None:
+    """CUDA's compiler: $CUDACXX, or nvcc on PATH, in CUDA_HOME, in CUDA_PATH or in /usr/local/cuda; None if it isn't there."""
+    if given := os.environ.get("CUDACXX"):
+        return shutil.which(given)
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    return shutil.which("nvcc") or next(filter(None, (shutil.which(f"{home}/bin/nvcc") for home in homes if home)), None)
 
 
 def _torch_if_missing() -> list[str]:

@@ -1,8 +1,9 @@
 """Drives CMake: CMakeLists.txt is the one list of native sources, pyproject.toml has the metadata.
 
 Environment: FPET_NATIVE=auto|0|1 (build the native library if possible, never, or fail where it can't be built),
-FPET_CUDA=auto|0|1 (likewise for its CUDA kernels), FPET_TORCH_DIR (folder of the torch package to compile against), CXX,
-CXXFLAGS, CMAKE_ARGS, MAX_JOBS.
+FPET_CUDA=auto|0|1 (likewise for the library of CUDA kernels), FPET_CUDA_ARCHS (as CMAKE_CUDA_ARCHITECTURES) or
+TORCH_CUDA_ARCH_LIST (as for PyTorch's extensions), CUDACXX (nvcc), FPET_TORCH_DIR (folder of the torch package to compile
+against), CXX, CXXFLAGS, CMAKE_ARGS, MAX_JOBS.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -27,7 +30,10 @@ from setuptools.errors import CompileError, OptionError
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from build_backend import find_compiler, find_torch, torch_version  # noqa: E402
+from build_backend import find_compiler, find_nvcc, find_torch, torch_cuda, torch_version  # noqa: E402
+
+MIN_NVCC = (12, 4)
+ANNOUNCED = re.compile(r"CUDA kernels: nvcc (?P<version>\S+), architectures (?P<architectures>.*)")  # by CMakeLists.txt
 
 
 class Unavailable(Exception):
@@ -52,8 +58,8 @@ def tool(name: str, folder: str) -> str:
     raise Unavailable(f"{name} was not found: pip install {name}")
 
 
-def run(*command: str | Path) -> None:
-    """Runs a build step, its output passed on; raises Unavailable with the errors in it."""
+def run(*command: str | Path) -> list[str]:
+    """Runs a build step, its output passed on and returned; raises Unavailable with the errors in it."""
     lines: list[str] = []
     with subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -65,70 +71,121 @@ def run(*command: str | Path) -> None:
         first = next((i for i, line in enumerate(lines) if "error" in line.lower() or "FAILED" in line), max(0, len(lines) - 5))
         step = f"{Path(command[0]).name} {command[1]}"
         raise Unavailable(f"{step} failed with status {p.returncode}:\n" + "\n".join(lines[first : first + 12]))
+    return lines
 
 
-def build_native(prefix: Path) -> dict[str, object]:
-    """Compiles the native library and installs it under ``prefix``/fpet_kernels; returns the facts worth recording."""
-    compiler = find_compiler()
-    if compiler is None:
-        wanted = f"CXX={os.environ['CXX']!r}" if os.environ.get("CXX") else "c++, g++ or clang++ on PATH"
-        raise Unavailable(f"no C++ compiler was found ({wanted}): apt install g++")
-    try:
-        torch = find_torch()
-    except FileNotFoundError as error:
-        raise Unavailable(str(error)) from None
-    if torch is None:
-        raise Unavailable("torch >= 2.10 was not found: pip install torch, or set FPET_TORCH_DIR to the folder of the package")
-    cmake, ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
+def remove(folder: Path, *patterns: str) -> None:
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
+        path.unlink()
 
-    chosen = [compiler, str(torch), os.environ.get("CXXFLAGS"), os.environ.get("CMAKE_ARGS"), sys.implementation.cache_tag]
-    build = ROOT / "build" / f"native-{hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:8]}"
-    options = [f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DCMAKE_BUILD_TYPE=Release", f"-DFPET_TORCH_DIR={torch}"]
-    introspection = Path(sysconfig.get_path("include"), "Python.h").exists()
-    try:
-        pybind11 = importlib.import_module("pybind11").get_cmake_dir()
-    except ImportError:
-        introspection = False
-    options.append(f"-DFPET_INTROSPECT={'ON' if introspection else 'OFF'}")
-    if introspection:
-        options += [f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}"]
-    options += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-    run(cmake, "-G", "Ninja", "-S", ROOT, "-B", build, *options)
-    run(cmake, "--build", build, *(["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []))
-    run(cmake, "--install", build, "--component", "python", "--prefix", prefix)
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
-    return {"compiler": version.partition("\n")[0], "torch": torch_version(torch), "introspection": introspection}
+
+class Build:
+    """What both libraries are built with."""
+
+    def __init__(self) -> None:
+        compiler = find_compiler()
+        if compiler is None:
+            wanted = f"CXX={os.environ['CXX']!r}" if os.environ.get("CXX") else "c++, g++ or clang++ on PATH"
+            raise Unavailable(f"no C++ compiler was found ({wanted}): apt install g++")
+        try:
+            torch = find_torch()
+        except FileNotFoundError as error:
+            raise Unavailable(str(error)) from None
+        if torch is None:
+            raise Unavailable(
+                "torch >= 2.10 was not found: pip install torch, or set FPET_TORCH_DIR to the folder of the package"
+            )
+        self.compiler, self.torch = compiler, torch
+        self.cmake, self.ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
+
+    def run(self, prefix: Path, component: str, target: str, *options: str, **chosen: object) -> list[str]:
+        """Configures, compiles ``target`` and installs ``component`` under ``prefix``/fpet_kernels; returns what CMake said."""
+        given = {name: os.environ.get(name) for name in ("CXXFLAGS", "CMAKE_ARGS")}
+        key = json.dumps([self.compiler, str(self.torch), given, sys.implementation.cache_tag, chosen])
+        folder = ROOT / "build" / f"{target.replace('all', 'native')}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+        common = [f"-DCMAKE_MAKE_PROGRAM={self.ninja}", "-DCMAKE_BUILD_TYPE=Release", f"-DFPET_TORCH_DIR={self.torch}"]
+        jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        arguments = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        said = run(self.cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, *common, *options, *arguments)
+        run(self.cmake, "--build", folder, "--target", target, *jobs)
+        run(self.cmake, "--install", folder, "--component", component, "--prefix", prefix)
+        return said
+
+    def cpu(self, prefix: Path) -> dict[str, object]:
+        """Builds the CPU library and the introspection module; returns the facts worth recording."""
+        introspection = Path(sysconfig.get_path("include"), "Python.h").exists()
+        options = ["-DFPET_CUDA=OFF"]
+        try:
+            pybind11 = importlib.import_module("pybind11").get_cmake_dir()
+            options += [f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}"] if introspection else []
+        except ImportError:
+            introspection = False
+        self.run(prefix, "python", "all", *options, f"-DFPET_INTROSPECT={'ON' if introspection else 'OFF'}")
+        if not introspection:
+            remove(prefix / "fpet_kernels", "_introspect.*.so")
+        version = subprocess.run([*self.compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
+        return {"compiler": version.partition("\n")[0], "torch": torch_version(self.torch), "introspection": introspection}
+
+    def cuda(self, prefix: Path) -> dict[str, object]:
+        """Builds the library of CUDA kernels."""
+        if torch_cuda(self.torch) is None and os.environ.get("FPET_CUDA") != "1":
+            raise Unavailable(f"torch {torch_version(self.torch)} is built without CUDA: install a build with CUDA")
+        nvcc = find_nvcc()
+        if nvcc is None:
+            wanted = f"CUDACXX={os.environ['CUDACXX']!r}" if os.environ.get("CUDACXX") else "PATH, CUDA_HOME, /usr/local/cuda"
+            raise Unavailable(f"no nvcc was found ({wanted}): install the CUDA toolkit, 12.4 or later")
+        release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, errors="replace").stdout
+        found = re.search(r"V(\d+)\.(\d+)[.\d]*", release)
+        if found is None or (int(found[1]), int(found[2])) < MIN_NVCC:
+            raise Unavailable(f"expected nvcc 12.4 or later, got {found[0] if found else release[:80]!r} ({nvcc})")
+        options = ["-DFPET_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+        if os.environ.get("CXX") and not os.environ.get("CUDAHOSTCXX"):
+            options.append(f"-DCMAKE_CUDA_HOST_COMPILER={shutil.which(self.compiler[-1]) or self.compiler[-1]}")
+        archs = {name: os.environ.get(name) for name in ("FPET_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CUDAHOSTCXX")}
+        said = self.run(prefix, "python_cuda", "fpet_cuda_ops", *options, nvcc=nvcc, **archs)
+        return {"nvcc": nvcc, **next(m.groupdict() for line in said if (m := ANNOUNCED.search(line)))}
 
 
 class BuildNative(build_ext):
-    """Builds the native library or, where it can't be, records why and leaves the pure-PyTorch path."""
+    """Builds the native libraries or, where one can't be, records why and leaves what there is without it."""
 
     def run(self) -> None:
-        native, cuda = switch("FPET_NATIVE"), switch("FPET_CUDA")
-        if cuda == "1":
-            raise CompileError("FPET_CUDA=1: expected auto or 0, because this version has no CUDA kernels to compile")
+        wanted = {"FPET_NATIVE": switch("FPET_NATIVE"), "FPET_CUDA": switch("FPET_CUDA")}
         prefix = ROOT if self.inplace else Path(self.build_lib).resolve()
         package = prefix / "fpet_kernels"
         package.mkdir(parents=True, exist_ok=True)
-        for stale in (package / "libfpet_ops.so", *package.glob("_introspect.*.so")):
-            stale.unlink(missing_ok=True)  # never leave a library of other sources behind
-        info: dict[str, object] = {"native": False}
-        try:
-            if native == "0":
-                raise Unavailable("FPET_NATIVE=0 was set when it was installed: unset it and install again")
-            info = {"native": True, **build_native(prefix)}
-        except Unavailable as why:
-            info["reason"] = str(why)
-            if native == "1":
-                raise CompileError(f"FPET_NATIVE=1, and the native library can't be built: {why}") from None
+
+        def attempt(name: str, build: Callable[[Build, Path], dict[str, object]], *files: str) -> dict[str, object]:
+            try:
+                for switched in (name, "FPET_NATIVE"):
+                    if wanted[switched] == "0" and wanted[name] != "1":
+                        raise Unavailable(f"{switched}=0 was set when it was installed: unset it and install again")
+                return {"built": True, **build(Build(), prefix)}
+            except Unavailable as why:
+                remove(package, *files)  # never leave a library of other sources behind
+                if wanted[name] == "1":
+                    raise CompileError(f"{name}=1, and it can't be built: {why}") from None
+                return {"built": False, "reason": str(why)}
+
+        cpu = attempt("FPET_NATIVE", Build.cpu, "libfpet_ops.so", "_introspect.*.so")
+        cuda = attempt("FPET_CUDA", Build.cuda, "libfpet_cuda_ops.so")
+        self.say("native C++ library", cpu, "Tensors on the CPU take the pure-PyTorch path: right, but slower.")
+        self.say("library of CUDA kernels", cuda, "Tensors on a GPU take Triton where it is installed.")
+        self.info = {"native": cpu.pop("built"), **cpu, "cuda": cuda}
+        (package / "_build_info.json").write_text(json.dumps(self.info, indent=1) + "\n")
+
+    @staticmethod
+    def say(what: str, outcome: dict[str, object], otherwise: str) -> None:
+        if outcome["built"]:
+            how = ", ".join(f"{key} {value}" for key, value in outcome.items() if key != "built")
+            print(f"fpet_kernels: built the {what}: {how}", flush=True)
+        else:
+            message = f"the {what} was NOT built. Reason: {outcome['reason']}\n{otherwise}"
             print(
-                f"\nfpet_kernels: the native C++ library was NOT built; the pure-PyTorch path is in use. Reason: {why}\n"
-                "Everything works, more slowly. Mend it and install again; `python -m fpet_kernels` says what is active.\n",
+                f"\nfpet_kernels: {message} Mend it and install again; `python -m fpet_kernels` says what is active.\n",
                 file=sys.stderr,
                 flush=True,
             )
-        (package / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
-        self.info = info
 
     def get_outputs(self) -> list[str]:
         return []
@@ -148,7 +205,7 @@ class PlatformWheel(bdist_wheel):
         python, abi, platform = super().get_tag()
         if not info.get("introspection"):
             python, abi = "py3", "none"
-        return python, abi, platform if info.get("native") else "any"
+        return python, abi, platform if info.get("native") or info.get("cuda", {}).get("built") else "any"
 
 
 setup(
