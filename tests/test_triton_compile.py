@@ -74,7 +74,7 @@ def test_float64():
     """float64 takes the tiled kernels, without matrix units."""
     rows = report("sm90", ("ViT-B/16 float64, refined",))
     assert not FUSED & {row["kernel"] for row in rows}
-    assert {"match_tiles", "row_pass", "column_pass", "key_gradient", "weight_partials"} <= {row["kernel"] for row in rows}
+    assert {"match_tiles", "row_pass", "column_pass", "refined_gradient", "weight_partials"} <= {row["kernel"] for row in rows}
 
 
 def test_inductor_sees_the_kernels():
@@ -108,5 +108,5 @@ def test_inductor_sees_the_kernels():
         for node in graph.nodes
         if "triton_kernel_wrapper" in str(node.target)
     ]
-    assert launched == ["merge_short", "prepare_keys", "merged_size_gradient", "backward_short", "key_gradient"]
+    assert launched == ["merge_short", "prepare_backward", "backward_short", "refined_gradient"]
     assert not [node for node in graph.nodes if "fpet" in str(node.target)]

@@ -53,8 +53,8 @@ def tiled(monkeypatch):
 def launched(monkeypatch):
     """Notes which kernels ran."""
     names = []
-    launch = ops._launch
-    monkeypatch.setattr(ops, "_launch", lambda kernel, *a, **k: (names.append(kernel.fn.__name__), launch(kernel, *a, **k)))
+    launch = ops._Launch.__call__
+    monkeypatch.setattr(ops._Launch, "__call__", lambda self, *t: (names.append(self.kernel.fn.__name__), launch(self, *t)))
     return names
 
 

@@ -143,8 +143,11 @@ TABLES: dict[str, Architecture] = {
 
 
 def next_power(n: int) -> int:
-    """Smallest power of two ≥ n, at least 16: the smallest block of a matrix product."""
-    return max(16, 1 << (n - 1).bit_length())
+    """Smallest power of two ≥ n, at least 16: the smallest block of a matrix product. By comparisons: n may be symbolic."""
+    power = 16
+    while power < n:
+        power *= 2
+    return power
 
 
 def short_class(num_a: int, num_b: int, channels: int, hidden: int) -> int | None:

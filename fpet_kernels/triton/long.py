@@ -1,8 +1,11 @@
 """Tiled kernels: any number of tokens, any C, D and hidden width, every dtype. Extra memory grows with N.
 
 Forward: ``prepare_keys`` → ``match_tiles`` → (torch sorts the match) → ``merge_lists``.
-Backward: ``spread_gradient`` is all of it without a key path; with one, ``prepare_keys`` → ``merged_size_gradient`` →
-``row_pass`` → ``column_pass`` → ``key_gradient`` → ``weight_partials`` → ``reduce_partials``.
+Backward: ``spread_gradient_kernel`` is all of it without a key path; with one, ``prepare_backward`` → ``row_pass`` →
+``column_pass`` → ``refined_gradient`` → ``weight_partials`` → ``reduce_partials``, and ``attached_gradient`` for a key that is
+refined and not detached.
+
+Sizes that change from call to call, or with the resolution, are not specialised: another batch compiles nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from .primitives import (
     load_key,
     load_matrix,
     merged_token,
+    reciprocal,
     row_token,
     second_column,
     soft_slope,
@@ -51,18 +55,22 @@ def _hidden(
 
 
 @triton.jit
-def prepare_keys(
-    p_key, p_delta, p_down, p_up, p_mask, p_split_a, p_split_b, p_prepared, p_norm,
+def _prepare_rows(
+    p_key, p_delta, p_down, p_up, p_mask, p_split_a, p_split_b, p_prepared, p_norm, p_mean,
     stride_key_b, stride_key_h, stride_key_n, stride_key_c, stride_delta_b, stride_delta_n, stride_delta_c,
     stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_b, stride_mask_n, stride_mask_h,
-    num_a, num_rows, prefix, width, channels, heads, hidden, scale_high, scale_low,
+    num_a, num_rows, prefix, width, channels, heads, hidden, scale_high, scale_low, program,
     BR: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, LISTED: tl.constexpr, REFINED: tl.constexpr, MASKED: tl.constexpr,
-    DELTA: tl.constexpr, COSINE: tl.constexpr, RAW: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
+    DELTA: tl.constexpr, COSINE: tl.constexpr, RAW: tl.constexpr, MEAN: tl.constexpr, DOUBLE: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """k' of every row, sources then destinations, (B, N_A + N_B, C) without gaps, and its norm. RAW: the key itself, copied."""
+    """k' of BR rows, sources then destinations, (B, N_A + N_B, C) without gaps, and its norm. RAW: the key itself, copied.
+
+    MEAN: also the key averaged over heads, (B, N, C); its prefix tokens are left out.
+    """
     blocks = tl.cdiv(num_rows, BR)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    r = (tl.program_id(0) % blocks) * BR + tl.arange(0, BR)
+    b = (program // blocks).to(tl.int64)
+    r = (program % blocks) * BR + tl.arange(0, BR)
     row_mask = r < num_rows
     tokens = row_token(r, num_a, num_rows, p_split_a, p_split_b, prefix, width, LISTED)
     scale = split_scalar(scale_high, scale_low, DOUBLE)
@@ -81,6 +89,9 @@ def prepare_keys(
             refined = wide(raw, DOUBLE)
         else:
             refined = load_key(p_key, stride_key_h, stride_key_n, stride_key_c, heads, tokens, row_mask, c, channels, DOUBLE)
+            if MEAN:
+                at_mean = (b * (prefix + num_rows) + tokens)[:, None] * channels + c[None, :]
+                tl.store(p_mean + at_mean, refined, mask=mask)
             if REFINED:
                 up = zeros((BR, BC), DOUBLE)
                 for h_start in range(0, hidden, BH):
@@ -99,6 +110,25 @@ def prepare_keys(
         squares += tl.sum(refined * refined, axis=1)
     if COSINE:
         tl.store(p_norm + row, square_root(squares), mask=row_mask)
+
+
+@triton.jit(do_not_specialize=["num_a", "num_rows", "width"])
+def prepare_keys(
+    p_key, p_delta, p_down, p_up, p_mask, p_split_a, p_split_b, p_prepared, p_norm,
+    stride_key_b, stride_key_h, stride_key_n, stride_key_c, stride_delta_b, stride_delta_n, stride_delta_c,
+    stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_b, stride_mask_n, stride_mask_h,
+    num_a, num_rows, prefix, width, channels, heads, hidden, scale_high, scale_low,
+    BR: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, LISTED: tl.constexpr, REFINED: tl.constexpr, MASKED: tl.constexpr,
+    DELTA: tl.constexpr, COSINE: tl.constexpr, RAW: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """k' of every row and its norm."""
+    _prepare_rows(
+        p_key, p_delta, p_down, p_up, p_mask, p_split_a, p_split_b, p_prepared, p_norm, p_norm,
+        stride_key_b, stride_key_h, stride_key_n, stride_key_c, stride_delta_b, stride_delta_n, stride_delta_c,
+        stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_b, stride_mask_n, stride_mask_h,
+        num_a, num_rows, prefix, width, channels, heads, hidden, scale_high, scale_low, tl.program_id(0),
+        BR, BC, BH, LISTED, REFINED, MASKED, DELTA, COSINE, RAW, False, DOUBLE, SPLIT,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -125,7 +155,7 @@ def _scores(
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_a", "num_b"])
 def match_tiles(
     p_prepared, p_norm, p_match, p_second, p_mid, num_a, num_b, prefix, channels,
     BA: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr, COSINE: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
@@ -163,10 +193,10 @@ def match_tiles(
     at = b * num_a + i
     tl.store(p_match + at, (prefix + i_best).to(tl.int64), mask=a_mask)
     tl.store(p_second + at, (prefix + second_column(second, i_second, i_best)).to(tl.int64), mask=a_mask)
-    tl.store(p_mid + at, (best + second) / 2, mask=a_mask)
+    tl.store(p_mid + at, (best + second) * 0.5, mask=a_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_a", "merged", "width", "stride_size_b"])
 def merge_lists(
     p_x, p_size, p_order, p_start, p_split_a, p_split_b, p_tokens, p_merged_size,
     stride_x_b, stride_x_n, stride_x_d, stride_size_b, stride_size_n,
@@ -274,7 +304,7 @@ def spread_gradient(
         store(p_grad_in_size + b * tokens_in + token, dot, row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_a", "merged", "width", "stride_size_b", "stride_gs_b"])
 def spread_gradient_kernel(
     p_grad, p_grad_size, p_x, p_size, p_tokens, p_merged_size, p_match, p_split_a, p_split_b, p_grad_x, p_grad_in_size,
     stride_grad_b, stride_grad_e, stride_grad_d, stride_gs_b, stride_gs_e, stride_x_b, stride_x_n, stride_x_d,
@@ -293,15 +323,16 @@ def spread_gradient_kernel(
 
 
 @triton.jit
-def merged_size_gradient(
+def _merged_size_gradient(
     p_grad, p_grad_size, p_tokens, p_merged_size, p_out,
     stride_grad_b, stride_grad_e, stride_grad_d, stride_gs_b, stride_gs_e, stride_tok_b, stride_tok_e, stride_tok_d,
-    num_b, merged, prefix, dim, BR: tl.constexpr, BD: tl.constexpr, GRAD_SIZE: tl.constexpr, DOUBLE: tl.constexpr,
+    num_b, merged, prefix, dim, program,
+    BR: tl.constexpr, BD: tl.constexpr, GRAD_SIZE: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
-    """γ'_j = γ_j − (G_j · y_j) / n_j of the destinations, (B, N_B)."""
+    """γ'_j = γ_j − (G_j · y_j) / n_j of BR destinations, (B, N_B)."""
     blocks = tl.cdiv(num_b, BR)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    j = (tl.program_id(0) % blocks) * BR + tl.arange(0, BR)
+    b = (program // blocks).to(tl.int64)
+    j = (program % blocks) * BR + tl.arange(0, BR)
     row_mask = j < num_b
     e = (prefix + j).to(tl.int64)
     p_grad += b * stride_grad_b
@@ -317,6 +348,37 @@ def merged_size_gradient(
     if GRAD_SIZE:
         out += wide(tl.load(p_grad_size + b * stride_gs_b + e * stride_gs_e, mask=row_mask, other=0.0), DOUBLE)
     tl.store(p_out + b * num_b + j, out, mask=row_mask)
+
+
+@triton.jit(do_not_specialize=["num_a", "num_rows", "width", "stride_gs_b", "size_programs"])
+def prepare_backward(
+    p_key, p_delta, p_down, p_up, p_mask, p_split_a, p_split_b, p_prepared, p_norm, p_mean,
+    p_grad, p_grad_size, p_tokens, p_merged_size, p_gamma,
+    stride_key_b, stride_key_h, stride_key_n, stride_key_c, stride_delta_b, stride_delta_n, stride_delta_c,
+    stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_b, stride_mask_n, stride_mask_h,
+    stride_grad_b, stride_grad_e, stride_grad_d, stride_gs_b, stride_gs_e, stride_tok_b, stride_tok_e, stride_tok_d,
+    num_a, num_rows, prefix, width, dim, channels, heads, hidden, scale_high, scale_low, size_programs,
+    BR: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, LISTED: tl.constexpr, REFINED: tl.constexpr,
+    MASKED: tl.constexpr, DELTA: tl.constexpr, COSINE: tl.constexpr, RAW: tl.constexpr, MEAN: tl.constexpr,
+    GRAD_SIZE: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """What every later kernel reads: the first ``size_programs`` programs form γ', the others k', its norm and the mean key."""
+    if tl.program_id(0) < size_programs:
+        num_b = num_rows - num_a
+        _merged_size_gradient(
+            p_grad, p_grad_size, p_tokens, p_merged_size, p_gamma,
+            stride_grad_b, stride_grad_e, stride_grad_d, stride_gs_b, stride_gs_e, stride_tok_b, stride_tok_e, stride_tok_d,
+            num_b, prefix + num_b, prefix, dim, tl.program_id(0), BR, BD, GRAD_SIZE, DOUBLE,
+        )  # fmt: skip
+    else:
+        _prepare_rows(
+            p_key, p_delta, p_down, p_up, p_mask, p_split_a, p_split_b, p_prepared, p_norm, p_mean,
+            stride_key_b, stride_key_h, stride_key_n, stride_key_c, stride_delta_b, stride_delta_n, stride_delta_c,
+            stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_b, stride_mask_n, stride_mask_h,
+            num_a, num_rows, prefix, width, channels, heads, hidden, scale_high, scale_low,
+            tl.program_id(0) - size_programs,
+            BR, BC, BH, LISTED, REFINED, MASKED, DELTA, COSINE, RAW, MEAN, DOUBLE, SPLIT,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -371,7 +433,7 @@ def _unit_keys(p_prepared, p_norm, image_row, r, mask, c, channels, COSINE: tl.c
     return keys
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_a", "num_b", "width", "stride_size_b"])
 def row_pass(
     p_grad, p_x, p_size, p_merged_size, p_gamma, p_prepared, p_norm, p_match, p_second, p_mid, p_split_a, p_share, p_unit_grad,
     stride_grad_b, stride_grad_e, stride_grad_d, stride_x_b, stride_x_n, stride_x_d, stride_size_b, stride_size_n,
@@ -398,7 +460,7 @@ def row_pass(
         share += tl.sum(grad_s, axis=1)
         unit = _unit_keys(p_prepared, p_norm, image_row, num_a + j, j < num_b, c, channels, COSINE, DOUBLE)
         unit_grad = exact_dot(grad_s, unit, unit_grad, SPLIT)
-    share = share / 2
+    share = share * 0.5
     for which in tl.static_range(2):
         p_two = p_match if which == 0 else p_second
         two = (tl.load(p_two + b * num_a + i, mask=a_mask, other=prefix) - prefix).to(tl.int32)
@@ -414,7 +476,7 @@ def row_pass(
         tl.store(p_share + b * num_a + i, share, mask=a_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_a", "num_b", "width", "stride_size_b"])
 def column_pass(
     p_grad, p_x, p_size, p_merged_size, p_gamma, p_prepared, p_norm, p_match, p_second, p_mid, p_split_a, p_share, p_unit_grad,
     stride_grad_b, stride_grad_e, stride_grad_d, stride_x_b, stride_x_n, stride_x_d, stride_size_b, stride_size_n,
@@ -451,90 +513,115 @@ def column_pass(
 
 
 @triton.jit
-def key_gradient(
-    p_unit_grad, p_partial, p_prepared, p_norm, p_key, p_down, p_up, p_mask, p_split_a, p_split_b, p_grad_refined, p_grad_key,
-    stride_key_b, stride_key_h, stride_key_n, stride_key_c, stride_down_h, stride_down_c, stride_up_c, stride_up_h,
-    stride_mask_b, stride_mask_n, stride_mask_h,
-    num_a, num_rows, prefix, width, channels, heads, hidden, scale_high, scale_low, parts,
-    BR: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, PARTS: tl.constexpr, LISTED: tl.constexpr, REFINED: tl.constexpr,
-    MASKED: tl.constexpr, COSINE: tl.constexpr, NEED_REFINED: tl.constexpr, NEED_KEY: tl.constexpr, DOUBLE: tl.constexpr,
-    SPLIT: tl.constexpr,
-):  # fmt: skip
-    """dk' = (dk̂ − k̂ (k̂ · dk̂)) / ‖k'‖, written over dk̂ and, in token order, to grad_refined and grad_key; 0 for prefix tokens.
+def _unit_gradient(
+    p_unit_grad, p_partial, b, r, row_mask, c, num_a, num_rows, channels, parts, PARTS: tl.constexpr, DOUBLE: tl.constexpr
+):
+    """dk̂ [rows, c]. PARTS: that of the destinations is in ``parts`` parts, (B, parts, N_B, C), added up in their order."""
+    mask = row_mask[:, None] & (c < channels)[None, :]
+    at = (b * num_rows + r)[:, None] * channels + c[None, :]
+    if PARTS:
+        num_b = num_rows - num_a
+        is_b = r >= num_a
+        total = tl.load(p_unit_grad + at, mask=mask & (r < num_a)[:, None], other=0.0)
+        at_b = (b * parts * num_b + r - num_a)[:, None] * channels + c[None, :]
+        for _ in range(0, parts):
+            total += tl.load(p_partial + at_b, mask=mask & is_b[:, None], other=0.0)
+            at_b += num_b * channels
+        return total
+    else:
+        return tl.load(p_unit_grad + at, mask=mask, other=0.0)
 
-    Rows here: prefix tokens first, then sources, then destinations. PARTS: dk̂ of the destinations comes in ``parts`` parts,
-    (B, parts, N_B, C), added up in their order.
-    """
+
+@triton.jit
+def _rows_of_image(program, num_a, num_rows, prefix, width, p_split_a, p_split_b, BR: tl.constexpr, LISTED: tl.constexpr):
+    """BR tokens of an image, prefix tokens, sources, destinations: image; row, and which have one; token, and which are one."""
     tokens_in = prefix + num_rows
     blocks = tl.cdiv(tokens_in, BR)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    all_rows = (tl.program_id(0) % blocks) * BR + tl.arange(0, BR)
+    b = (program // blocks).to(tl.int64)
+    all_rows = (program % blocks) * BR + tl.arange(0, BR)
     in_image = all_rows < tokens_in
     r = tl.maximum(all_rows - prefix, 0)
-    row_mask = in_image & (all_rows >= prefix)
     token = tl.where(
         all_rows < prefix, all_rows.to(tl.int64), row_token(r, num_a, num_rows, p_split_a, p_split_b, prefix, width, LISTED)
     )
-    image_row = b * num_rows
-    scale = split_scalar(scale_high, scale_low, DOUBLE)
-    if PARTS:
-        is_b = row_mask & (r >= num_a)
-        num_b = num_rows - num_a
-        for c_start in range(0, channels, BC):
-            c = c_start + tl.arange(0, BC)
-            mask_b = is_b[:, None] & (c < channels)[None, :]
-            at_b = (b * parts * num_b + r - num_a)[:, None] * channels + c[None, :]
-            total = zeros((BR, BC), DOUBLE)
-            for _ in range(0, parts):
-                total += tl.load(p_partial + at_b, mask=mask_b, other=0.0)
-                at_b += num_b * channels
-            tl.store(p_unit_grad + (image_row + r)[:, None] * channels + c[None, :], total, mask=mask_b)
-        tl.debug_barrier()  # read back below
+    return b, r, in_image & (all_rows >= prefix), token, in_image
+
+
+@triton.jit(do_not_specialize=["num_a", "num_rows", "width", "parts"])
+def refined_gradient(
+    p_unit_grad, p_partial, p_prepared, p_norm, p_split_a, p_split_b, p_grad_refined, p_grad_key,
+    num_a, num_rows, prefix, width, channels, heads, parts,
+    BR: tl.constexpr, BC: tl.constexpr, PARTS: tl.constexpr, LISTED: tl.constexpr, COSINE: tl.constexpr, KEEP: tl.constexpr,
+    NEED_REFINED: tl.constexpr, NEED_KEY: tl.constexpr, DOUBLE: tl.constexpr,
+):  # fmt: skip
+    """dk' = (dk̂ − k̂ (k̂ · dk̂)) / ‖k'‖, in token order to grad_refined and grad_key, with 0 for prefix tokens.
+
+    KEEP: also over dk̂, for the kernels that go on through the refinement.
+    """
+    b, r, row_mask, token, in_image = _rows_of_image(
+        tl.program_id(0), num_a, num_rows, prefix, width, p_split_a, p_split_b, BR, LISTED
+    )
     if COSINE:
-        norm = tl.load(p_norm + image_row + r, mask=row_mask, other=1.0)
+        norm = tl.load(p_norm + b * num_rows + r, mask=row_mask, other=1.0)
         inverse = inverse_norm(norm)
         dot = zeros((BR,), DOUBLE)
         for c_start in range(0, channels, BC):
             c = c_start + tl.arange(0, BC)
             mask = row_mask[:, None] & (c < channels)[None, :]
-            at = (image_row + r)[:, None] * channels + c[None, :]
-            keys = wide(tl.load(p_prepared + at, mask=mask, other=0.0), DOUBLE)
-            dot += tl.sum(keys * tl.load(p_unit_grad + at, mask=mask, other=0.0), axis=1)
+            grad = _unit_gradient(p_unit_grad, p_partial, b, r, row_mask, c, num_a, num_rows, channels, parts, PARTS, DOUBLE)
+            keys = tl.load(p_prepared + (b * num_rows + r)[:, None] * channels + c[None, :], mask=mask, other=0.0)
+            dot += tl.sum(wide(keys, DOUBLE) * grad, axis=1)
         # A norm at its floor is a constant, and nothing flows through it.
         dot = tl.where(norm > 1e-12, dot * inverse * inverse, 0.0)
     for c_start in range(0, channels, BC):
         c = c_start + tl.arange(0, BC)
-        c_mask = c < channels
-        mask = row_mask[:, None] & c_mask[None, :]
-        at = (image_row + r)[:, None] * channels + c[None, :]
-        grad = tl.load(p_unit_grad + at, mask=mask, other=0.0)
+        mask = row_mask[:, None] & (c < channels)[None, :]
+        at = (b * num_rows + r)[:, None] * channels + c[None, :]
+        grad = _unit_gradient(p_unit_grad, p_partial, b, r, row_mask, c, num_a, num_rows, channels, parts, PARTS, DOUBLE)
         if COSINE:
             keys = wide(tl.load(p_prepared + at, mask=mask, other=0.0), DOUBLE)
             grad = (grad - keys * dot[:, None]) * inverse[:, None]
+        if KEEP:
             tl.store(p_unit_grad + at, grad, mask=mask)
-        out = (b * tokens_in + token)[:, None] * channels + c[None, :]
+        out = (b * (prefix + num_rows) + token)[:, None] * channels + c[None, :]
+        out_mask = in_image[:, None] & (c < channels)[None, :]
         if NEED_REFINED:
-            store(p_grad_refined + out, grad, in_image[:, None] & c_mask[None, :])
-        if NEED_KEY and not REFINED:
-            store(p_grad_key + out, grad / heads, in_image[:, None] & c_mask[None, :])
-    if NEED_KEY and REFINED:
-        tl.debug_barrier()  # dk' of these rows is read back below
-        for c_start in range(0, channels, BC):
-            c = c_start + tl.arange(0, BC)
-            c_mask = c < channels
-            at = (image_row + r)[:, None] * channels + c[None, :]
-            grad = tl.load(p_unit_grad + at, mask=row_mask[:, None] & c_mask[None, :], other=0.0)
-            for h_start in range(0, hidden, BH):
-                h = h_start + tl.arange(0, BH)
-                hidden_grad, _ = _hidden_gradient(
-                    p_unit_grad, p_key, p_down, p_up, p_mask, stride_key_b, stride_key_h, stride_key_n, stride_key_c,
-                    stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_b, stride_mask_n, stride_mask_h,
-                    b, image_row, r, row_mask, token, h, channels, heads, hidden, scale, BC, MASKED, DOUBLE, SPLIT,
-                )  # fmt: skip
-                down = load_matrix(p_down, h, hidden, stride_down_h, c, channels, stride_down_c, DOUBLE)  # [BH, BC]
-                grad = exact_dot(hidden_grad, down, grad, SPLIT)
-            out = (b * tokens_in + token)[:, None] * channels + c[None, :]
-            store(p_grad_key + out, grad / heads, in_image[:, None] & c_mask[None, :])
+            store(p_grad_refined + out, grad, out_mask)
+        if NEED_KEY:
+            store(p_grad_key + out, grad * reciprocal(heads, DOUBLE), out_mask)
+
+
+@triton.jit(do_not_specialize=["num_a", "num_rows", "width"])
+def attached_gradient(
+    p_refined_grad, p_key, p_down, p_up, p_mask, p_split_a, p_split_b, p_grad_key,
+    stride_key_b, stride_key_h, stride_key_n, stride_key_c, stride_down_h, stride_down_c, stride_up_c, stride_up_h,
+    stride_mask_b, stride_mask_n, stride_mask_h,
+    num_a, num_rows, prefix, width, channels, heads, out_heads, hidden, scale_high, scale_low,
+    BR: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr, DOUBLE: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """dk = dk' + dhidden W_down: the gradient of a key that was refined and is not detached; 0 for prefix tokens."""
+    b, r, row_mask, token, in_image = _rows_of_image(
+        tl.program_id(0), num_a, num_rows, prefix, width, p_split_a, p_split_b, BR, LISTED
+    )
+    image_row = b * num_rows
+    scale = split_scalar(scale_high, scale_low, DOUBLE)
+    for c_start in range(0, channels, BC):
+        c = c_start + tl.arange(0, BC)
+        c_mask = c < channels
+        at = (image_row + r)[:, None] * channels + c[None, :]
+        grad = tl.load(p_refined_grad + at, mask=row_mask[:, None] & c_mask[None, :], other=0.0)
+        for h_start in range(0, hidden, BH):
+            h = h_start + tl.arange(0, BH)
+            hidden_grad, _ = _hidden_gradient(
+                p_refined_grad, p_key, p_down, p_up, p_mask, stride_key_b, stride_key_h, stride_key_n, stride_key_c,
+                stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_b, stride_mask_n, stride_mask_h,
+                b, image_row, r, row_mask, token, h, channels, heads, hidden, scale, BC, MASKED, DOUBLE, SPLIT,
+            )  # fmt: skip
+            down = load_matrix(p_down, h, hidden, stride_down_h, c, channels, stride_down_c, DOUBLE)  # [BH, BC]
+            grad = exact_dot(hidden_grad, down, grad, SPLIT)
+        out = (b * (prefix + num_rows) + token)[:, None] * channels + c[None, :]
+        store(p_grad_key + out, grad * reciprocal(out_heads, DOUBLE), in_image[:, None] & c_mask[None, :])
 
 
 @triton.jit
@@ -562,7 +649,7 @@ def _hidden_gradient(
     return tl.where(pre > 0, through * keep * scale, 0.0), tl.maximum(pre, 0.0) * keep
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_a", "num_rows", "width", "rows_per_program"])
 def weight_partials(
     p_refined_grad, p_key, p_down, p_up, p_mask, p_split_a, p_split_b, p_partial,
     stride_key_b, stride_key_h, stride_key_n, stride_key_c, stride_down_h, stride_down_c, stride_up_c, stride_up_h,
@@ -607,7 +694,7 @@ def weight_partials(
     tl.store(p_partial + out + channels * hidden, up_grad, mask=out_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def reduce_partials(
     p_partial, p_grad_down, p_grad_up, pieces, channels, hidden, BP: tl.constexpr, BE: tl.constexpr, DOUBLE: tl.constexpr
 ):

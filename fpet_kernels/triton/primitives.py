@@ -56,6 +56,15 @@ def store(pointers, value, mask):
 
 
 @triton.jit
+def reciprocal(count, DOUBLE: tl.constexpr):
+    """1 / count, rounded once: Triton's own division of float32 is not."""
+    if DOUBLE:
+        return 1.0 / tl.cast(count, tl.float64)
+    else:
+        return tl.div_rn(tl.cast(1.0, tl.float32), tl.cast(count, tl.float32))
+
+
+@triton.jit
 def split_scalar(high, low, DOUBLE: tl.constexpr):
     """A Python float that came as two float32: eager launches round scalars to float32, Inductor does not."""
     if DOUBLE:
@@ -176,7 +185,7 @@ def load_key(p_key, stride_head, stride_token, stride_channel, heads, tokens, ro
     for _ in range(1, heads):
         pointers += stride_head
         total += wide(tl.load(pointers, mask=mask, other=0.0), DOUBLE)
-    return total / heads
+    return total * reciprocal(heads, DOUBLE)
 
 
 @triton.jit

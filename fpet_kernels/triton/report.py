@@ -122,12 +122,12 @@ def _compile(kernel: Any, args: tuple, meta: dict[str, Any], target: str) -> Any
         if isinstance(value, torch.Tensor):
             signature[name] = _TYPES[value.dtype]
             attributes[at,] = [["tt.divisibility", 16]]
-        elif name in meta or (type(value) is int and value == 1):
+        elif name in meta or (type(value) is int and value == 1 and not kernel.params[at].do_not_specialize):
             signature[name] = "constexpr"
             constants[at,] = value
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not kernel.params[at].do_not_specialize:
                 attributes[at,] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"

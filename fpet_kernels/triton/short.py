@@ -131,11 +131,11 @@ def _match_block(
         tl.store(p_match + i, (prefix + i_best).to(tl.int64), mask=a_mask)
     if write_rest:
         tl.store(p_second + i, (prefix + i_second).to(tl.int64), mask=a_mask)
-        tl.store(p_mid + i, (best + second) / 2, mask=a_mask)
+        tl.store(p_mid + i, (best + second) * 0.5, mask=a_mask)
     return a_mask, token_a, i_best, _row_sizes(p_size, stride_size_n, token_a, a_mask, SIZED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_a", "num_b", "width", "stride_size_b", "parts", "steps"])
 def merge_short(
     p_x, p_key, p_size, p_down, p_up, p_mask, p_delta, p_split_a, p_split_b, p_tokens, p_merged_size, p_match, p_second, p_mid,
     stride_x_b, stride_x_n, stride_x_d, stride_key_b, stride_key_h, stride_key_n, stride_key_c, stride_size_b, stride_size_n,
@@ -237,7 +237,7 @@ def merge_short(
             tl.store(p_tokens + (b * merged + e)[:, None] * dim + d[None, :], x_e, mask=mask_e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_a", "num_b", "width", "stride_size_b", "stride_gs_b", "blocks", "spread_programs"])
 def backward_short(
     p_grad, p_grad_size, p_x, p_size, p_split_a, p_split_b, p_tokens, p_merged_size, p_match, p_second, p_mid,
     p_prepared, p_norm, p_gamma, p_grad_x, p_grad_in_size, p_unit_grad, p_partial,
@@ -319,7 +319,7 @@ def backward_short(
         mid = tl.load(p_mid + b * num_a + i, mask=a_mask, other=0.0)
         grad_s = tl.where(a_mask[:, None] & b_mask[None, :], grad_m * soft_slope(scores, mid[:, None]), 0.0)
         # The mean of the two best takes half of the row's sum from each of them.
-        share = tl.sum(grad_s, axis=1) / 2
+        share = tl.sum(grad_s, axis=1) * 0.5
         best = tl.load(p_match + b * num_a + i, mask=a_mask, other=0).to(tl.int32) - prefix
         second = tl.load(p_second + b * num_a + i, mask=a_mask, other=0).to(tl.int32) - prefix
         is_two = (best[:, None] == j[None, :]) | (second[:, None] == j[None, :])
