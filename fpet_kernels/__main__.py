@@ -114,7 +114,10 @@ def report() -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for name in backends.ORDER:
         entry: dict[str, Any] = dict(backends.status(name)._asdict())
-        runs_on = [device for device, probe in probes.items() if backends.refuses(name, probe) is None]
+        refused = {device: backends.refuses(name, probe) for device, probe in probes.items()}
+        runs_on = [device for device, why in refused.items() if why is None]
+        if entry["available"] and name != "cpu":
+            entry["refused"] = {str(device): why for device, why in refused.items() if why and device.type != "cpu"}
         if runs_on and entry["available"]:
             entry["self_test"] = {str(device): self_test(name, device) for device in runs_on}
         found[name] = entry
@@ -142,6 +145,7 @@ def report() -> dict[str, Any]:
                 {"name": p.name, "capability": f"{p.major}.{p.minor}"}
                 for p in map(torch.cuda.get_device_properties, devices[1:])
             ],
+            "library": backends.cuda_facts(),
         },
         "backends": found,
         "chosen": chosen,
@@ -166,8 +170,26 @@ def _build_lines(build: dict[str, Any]) -> list[str]:
         lines += [
             f"compiler    {facts['compiler']}, C++ {facts['cxx_standard']}, {' '.join(facts['flags'])}",
             f"ISA         {facts['cpu_isa_in_use']} in use; compiled: {', '.join(facts['cpu_isas_compiled'])}",
-            f"CUDA        {', '.join(facts['cuda_architectures']) or 'no architectures compiled'}",
         ]
+    return lines
+
+
+def _cuda_lines(library: dict[str, Any]) -> list[str]:
+    """The CUDA library: what it was compiled for, and every kernel on every device."""
+    if not library:
+        return []
+    runtime = f"{library['runtime'] // 1000}.{library['runtime'] % 1000 // 10}"
+    lines = [f"CUDA        nvcc {library['nvcc']}, runtime {runtime}, architectures {library['architectures']}"]
+    for device, found in library["devices"].items():
+        if "error" in found:
+            lines.append(f"  {device}  {found['error']}")
+        for kernel in found.get("kernels", ()):
+            shared = kernel["static_shared"] + kernel["dynamic_shared"]
+            verdict = kernel["error"] or (
+                f"{kernel['registers']} registers, {kernel['spilled_bytes']} bytes spilled, {shared} bytes of shared memory, "
+                f"{kernel['blocks_per_sm']} blocks of {kernel['threads']} threads a multiprocessor"
+            )
+            lines.append(f"  {device}  {kernel['name']}: {verdict}")
     return lines
 
 
@@ -187,11 +209,17 @@ def render(facts: dict[str, Any]) -> str:
         lines.append(f"  {name:<10}  {'yes' if entry['available'] else 'no'}: {entry['reason']}")
         if entry["fix"] and not entry["available"]:
             lines.append(f"  {'':<10}  fix: {entry['fix']}")
+        for device, why in entry.get("refused", {}).items():
+            lines.append(f"  {'':<10}  not on {device}: {why}")
         for device, test in entry.get("self_test", {}).items():
             verdict = "forward and backward agree with float64, largest error" if test["ok"] else "WRONG:"
             detail = test["error"] if "error" in test else f"{test['max_error']:.1e}"
             lines.append(f"  {'':<10}  self-test on {device}: {verdict} {detail}")
-    lines += ["build", *(f"  {line}" for line in _build_lines(facts["build"]))]
+    lines += [
+        "build",
+        *(f"  {line}" for line in _build_lines(facts["build"])),
+        *(f"  {line}" for line in _cuda_lines(cuda["library"])),
+    ]
     lines.append("; ".join(f"{device}: bdm_merge takes {name!r}" for device, name in facts["chosen"].items()))
     lines.append(
         (

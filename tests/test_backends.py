@@ -21,7 +21,7 @@ def test_a_required_backend_that_is_missing_fails_the_session(suite, monkeypatch
     monkeypatch.setenv("FPET_REQUIRE_BACKENDS", "reference")
     suite.pytest_sessionstart()
     monkeypatch.setenv("FPET_REQUIRE_BACKENDS", "reference, fastest")
-    with pytest.raises(pytest.UsageError, match="'fastest' is no backend; there are cpu"):
+    with pytest.raises(pytest.UsageError, match="'fastest' is no backend; there are cuda, triton, cpu"):
         suite.pytest_sessionstart()
     monkeypatch.setenv("FPET_REQUIRE_BACKENDS", "cpu")
     monkeypatch.setattr(backends, "_NATIVE", backends.Status(False, "the library is gone"))
@@ -39,6 +39,87 @@ def test_the_default_is_the_best_that_runs(device, monkeypatch):
         assert backends.select(x, None) == "cpu"
         monkeypatch.setattr(backends, "_NATIVE", backends.Status(False, "none"))
         assert backends.select(x, None) == "reference"
+
+
+class OnGpu:
+    """What choosing a backend looks at, of a tensor on a GPU."""
+
+    def __init__(self, tokens: int = 197, dtype: torch.dtype = torch.bfloat16, device: str = "cuda:0") -> None:
+        self.device, self.dtype, self.shape = torch.device(device), dtype, (2, tokens, 768)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU with a CUDA library and Triton, as far as the dispatcher can tell."""
+    monkeypatch.setattr(backends, "_CUDA", backends.Status(True, "native CUDA kernels"))
+    monkeypatch.setattr(backends, "_status_cuda", lambda: backends._CUDA)
+    monkeypatch.setattr(backends, "_REFUSED_BY_CUDA", {0: None})
+    monkeypatch.setattr(backends, "_HAS_TRITON", True)
+    monkeypatch.setattr(backends, "_TOO_OLD", {0: None})
+    return monkeypatch
+
+
+def test_order_on_a_gpu(gpu):
+    """cuda, triton, reference; a device that a backend doesn't run on takes the next, and explain says why."""
+    x = OnGpu()
+    assert backends.select(x, None) == "cuda"
+    assert backends.explain(x).splitlines()[-1] == (
+        "bdm_merge takes 'cuda': the first that runs on cuda:0; not measured yet: cuda is taken where built."
+    )
+    assert backends.forward_op("cuda") is torch.ops.fpet.bdm_forward.default  # the tensors' device chooses the kernels
+    assert backends.backward_op("cuda") is torch.ops.fpet.bdm_backward.default
+    gpu.setitem(backends._REFUSED_BY_CUDA, 0, "on compute capability 12.1, compiled for 80-real: no kernel image")
+    assert backends.select(x, None) == "triton"
+    assert "cuda       no: on compute capability 12.1, compiled for 80-real: no kernel image" in backends.explain(x)
+    with pytest.raises(RuntimeError, match=r"backend: 'cuda' can't run here: on compute capability 12.1.*no kernel image"):
+        backends.select(x, "cuda")
+    gpu.setitem(backends._TOO_OLD, 0, "too old")
+    assert backends.select(x, None) == "reference"
+    assert backends.select(OnGpu(device="meta"), None) == "cpu"
+
+
+def test_a_measured_preference_decides(gpu):
+    row = backends.Preference("triton", (torch.float32,), range(1000, 5000), "H999, benchmarks/kernel_vs_ref.py")
+    gpu.setattr(backends, "PREFERRED", (row,))
+    long, short, half = OnGpu(4097, torch.float32), OnGpu(197, torch.float32), OnGpu(4097)
+    assert [backends.select(x, None) for x in (long, short, half)] == ["triton", "cuda", "cuda"]
+    assert backends.explain(long).splitlines()[-1] == (
+        "bdm_merge takes 'triton': measured to be the fastest for 4097 tokens of float32 (H999, benchmarks/kernel_vs_ref.py)."
+    )
+    assert "no measurement prefers another here" in backends.explain(short)
+    assert backends.select(long, "cuda") == "cuda"
+    gpu.setitem(backends._TOO_OLD, 0, "too old")
+    assert backends.select(long, None) == "cuda", "a preference for what can't run"
+
+
+def test_preferences_are_data():
+    """Names, dtypes and lengths that exist, and where each was measured."""
+    for row in backends.PREFERRED:
+        assert row.backend in backends.ORDER and row.dtypes and len(row.tokens) and row.measured
+
+
+def test_the_cuda_library_is_not_for_every_torch(monkeypatch):
+    """A torch without CUDA, or with ROCm, whose tensors say cuda, never meets the kernels."""
+    monkeypatch.setattr(backends, "_load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is built without CUDA" in backends._load_cuda_library().reason
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "is built for ROCm" in backends._load_cuda_library().reason
+
+
+def test_why_the_cuda_library_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(backends, "library_path", lambda name="libfpet_ops.so": tmp_path / name)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.delenv("FPET_DISABLE_NATIVE", raising=False)
+    assert backends._load_cuda_library().reason == "libfpet_cuda_ops.so was not built"
+    (tmp_path / "_build_info.json").write_text('{"native": true, "cuda": {"built": false, "reason": "no nvcc was found"}}')
+    found = backends._load_cuda_library()
+    assert found.reason == "libfpet_cuda_ops.so was not built: no nvcc was found" and "FPET_CUDA=1" in found.fix
+    (tmp_path / "libfpet_cuda_ops.so").write_text("no library")
+    assert "libfpet_cuda_ops.so does not load: " in backends._load_cuda_library().reason
+    monkeypatch.setenv("FPET_DISABLE_NATIVE", "1")
+    assert backends._load_cuda_library().reason == "FPET_DISABLE_NATIVE is set"
 
 
 def test_the_default_gives_what_the_backend_by_name_gives(device):

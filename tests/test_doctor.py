@@ -110,15 +110,40 @@ def test_the_build_record_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_introspection_is_shown_and_may_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {
         "compiler": "GCC 99", "flags": ["-O3", "-fvery-fast"], "cxx_standard": 202002, "cpu_isas_compiled": ["avx9", "old"],
-        "cpu_isa_in_use": "avx9", "cuda_architectures": [],
+        "cpu_isa_in_use": "avx9",
     }  # fmt: skip
     monkeypatch.setitem(sys.modules, "fpet_kernels._introspect", types.SimpleNamespace(build_facts=lambda: facts))
     text = doctor.render(doctor.report())
     assert "GCC 99, C++ 202002, -O3 -fvery-fast" in text
-    assert "avx9 in use; compiled: avx9, old" in text and "no architectures compiled" in text
+    assert "avx9 in use; compiled: avx9, old" in text
 
     monkeypatch.setitem(sys.modules, "fpet_kernels._introspect", None)  # makes the import fail
     assert "introspect  no: " in doctor.render(doctor.report())
+
+
+def test_the_cuda_kernels_are_listed_by_device() -> None:
+    kernel = {
+        "name": "merge_short", "registers": 120, "spilled_bytes": 8, "threads": 256, "blocks_per_sm": 2, "static_shared": 1024,
+        "dynamic_shared": 30000, "error": "",
+    }  # fmt: skip
+    facts = doctor.report()
+    facts["cuda"]["library"] = {
+        "nvcc": "13.0.88", "architectures": "80-real 90a", "runtime": 13020,
+        "devices": {"cuda:0": {"kernels": [kernel, {**kernel, "error": "no kernel image"}]}, "cuda:1": {"error": "no driver"}},
+    }  # fmt: skip
+    text = doctor.render(facts)
+    assert "nvcc 13.0.88, runtime 13.2, architectures 80-real 90a" in text
+    assert (
+        "cuda:0  merge_short: 120 registers, 8 bytes spilled, 31024 bytes of shared memory, 2 blocks of 256 threads a multiprocessor"
+        in text
+    )
+    assert "cuda:0  merge_short: no kernel image" in text and "cuda:1  no driver" in text
+
+
+def test_a_device_that_a_backend_does_not_run_on_is_named() -> None:
+    facts = doctor.report()
+    facts["backends"]["cuda"]["refused"] = {"cuda:0": "compiled for 80-real: no kernel image"}
+    assert "not on cuda:0: compiled for 80-real: no kernel image" in doctor.render(facts)
 
 
 def test_versions_of_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

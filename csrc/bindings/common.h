@@ -43,9 +43,7 @@ inline DType dtype_of(const Tensor& t, const char* name, bool allow_bool = false
     case ScalarType::Double: return DType::f64;
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
-    case ScalarType::Bool:
-      STD_TORCH_CHECK(allow_bool, name, ": expected a floating dtype, got bool");
-      return DType::boolean;
+    case ScalarType::Bool: STD_TORCH_CHECK(allow_bool, name, ": expected a floating dtype, got bool"); return DType::boolean;
     default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16, float16 or float64"); return DType::f32;
   }
 }
@@ -138,8 +136,8 @@ inline Split split_of(const Device& on, const OptTensor& a, const OptTensor& b, 
 }
 
 // (B, N_A) indices in [low, high), which only the CPU's are checked for.
-inline const int64_t* indices_of(const Device& on, const Tensor& t, const char* name, int64_t batch, int64_t num_a,
-                                 int64_t low, int64_t high) {
+inline const int64_t* indices_of(const Device& on, const Tensor& t, const char* name, int64_t batch, int64_t num_a, int64_t low,
+                                 int64_t high) {
   STD_TORCH_CHECK(on.holds(t) && t.dim() == 2 && t.size(0) == batch && t.size(1) == num_a && t.is_contiguous() &&
                       t.scalar_type() == ScalarType::Long,
                   name, ": expected a contiguous int64 ", on.tensor(), " of shape (", batch, ", ", num_a, ")");
@@ -151,10 +149,10 @@ inline const int64_t* indices_of(const Device& on, const Tensor& t, const char* 
   return data;
 }
 
-inline Problem problem_of(const Device& on, const Tensor& x, const Tensor& key, const OptTensor& size,
-                          const OptTensor& w_down, const OptTensor& w_up, const OptTensor& dropout_mask,
-                          const OptTensor& key_delta, const OptTensor& split_a, const OptTensor& split_b, int64_t grid_h,
-                          int64_t grid_w, int64_t prefix, double scale, bool cosine) {
+inline Problem problem_of(const Device& on, const Tensor& x, const Tensor& key, const OptTensor& size, const OptTensor& w_down,
+                          const OptTensor& w_up, const OptTensor& dropout_mask, const OptTensor& key_delta,
+                          const OptTensor& split_a, const OptTensor& split_b, int64_t grid_h, int64_t grid_w, int64_t prefix,
+                          double scale, bool cosine) {
   STD_TORCH_CHECK(x.dim() == 3, "x: expected (B, N, D), got ", x.dim(), " dimensions");
   STD_TORCH_CHECK(key.dim() == 3 || key.dim() == 4, "key: expected (B, N, C) or (B, heads, N, C), got ", key.dim(),
                   " dimensions");
@@ -227,17 +225,18 @@ inline Tensor packed(const Tensor& match) { return match.is_contiguous() ? match
 // has `on`, the Device; empty(sizes, dtype); and forward, backward, average_heads, unmerge and unmerge_backward, which compute.
 template <class Kernels>
 struct Operators {
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-      const Tensor x, const Tensor key, const OptTensor size, const OptTensor w_down, const OptTensor w_up,
-      const OptTensor dropout_mask, const OptTensor key_delta, const OptTensor split_a, const OptTensor split_b, int64_t grid_h,
-      int64_t grid_w, int64_t prefix, double scale, bool cosine) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor x, const Tensor key, const OptTensor size,
+                                                                    const OptTensor w_down, const OptTensor w_up,
+                                                                    const OptTensor dropout_mask, const OptTensor key_delta,
+                                                                    const OptTensor split_a, const OptTensor split_b,
+                                                                    int64_t grid_h, int64_t grid_w, int64_t prefix,
+                                                                    double scale, bool cosine) {
     const Kernels kernels(x, "x");
     const Problem p = problem_of(kernels.on, x, key, size, w_down, w_up, dropout_mask, key_delta, split_a, split_b, grid_h,
                                  grid_w, prefix, scale, cosine);
     const int64_t merged = prefix + p.num_b;
     Tensor tokens = kernels.empty({p.batch, merged, p.dim}, x.scalar_type());
-    Tensor merged_size =
-        kernels.empty({p.batch, merged, 1}, p.x.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
+    Tensor merged_size = kernels.empty({p.batch, merged, 1}, p.x.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
     Tensor match = kernels.empty({p.batch, p.num_a}, ScalarType::Long);
     Tensor second = kernels.empty({p.batch, p.num_a}, ScalarType::Long);
     Tensor mid = kernels.empty({p.batch, p.num_a}, p.wide_scores ? ScalarType::Double : ScalarType::Float);
@@ -319,8 +318,7 @@ struct Operators {
                         int64_t grid_h, int64_t grid_w, int64_t prefix) {
     const Kernels kernels(tokens, "tokens");
     const Tensor index = packed(match);
-    UnmergeProblem p =
-        unmerge_problem(kernels.on, tokens, "tokens", index, split_a, split_b, grid_h, grid_w, prefix, true);
+    UnmergeProblem p = unmerge_problem(kernels.on, tokens, "tokens", index, split_a, split_b, grid_h, grid_w, prefix, true);
     Tensor output = kernels.empty({p.batch, prefix + p.num_a + p.num_b, p.dim}, tokens.scalar_type());
     p.output = output.mutable_data_ptr();
     if (p.batch > 0 && p.dim > 0) kernels.unmerge(p);

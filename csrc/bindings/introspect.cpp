@@ -1,12 +1,8 @@
 // fpet_kernels._introspect: facts about this build and what it uses here, for the doctor. No torch header.
-// From CMake: FPET_COMPILER, FPET_FLAGS, FPET_CUDA_ARCHITECTURES (where CUDA kernels are compiled).
+// From CMake: FPET_COMPILER, FPET_FLAGS. The CUDA library speaks for itself (cuda_ops.cpp).
 #include <pybind11/pybind11.h>
 
 #include "fpet/bdm.h"
-
-#ifndef FPET_CUDA_ARCHITECTURES
-#define FPET_CUDA_ARCHITECTURES ""
-#endif
 
 namespace py = pybind11;
 
@@ -21,7 +17,6 @@ py::dict build_facts() {
   facts["cxx_standard"] = __cplusplus;
   facts["cpu_isas_compiled"] = words(fpet::cpu_isas_compiled());
   facts["cpu_isa_in_use"] = fpet::cpu_isa();
-  facts["cuda_architectures"] = words(FPET_CUDA_ARCHITECTURES);
   return facts;
 }
 
@@ -30,5 +25,5 @@ py::dict build_facts() {
 PYBIND11_MODULE(_introspect, m) {
   m.doc() = "Facts about the native build.";
   m.def("build_facts", &build_facts,
-        "compiler, flags, cxx_standard, cpu_isas_compiled (best first), cpu_isa_in_use, cuda_architectures.");
+        "compiler, flags, cxx_standard, cpu_isas_compiled (best first), cpu_isa_in_use.");
 }
