@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,6 +28,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("fpet.train", "tune a backbone, with merged tokens; without options on an embedded task"),
     "evaluate": Command("fpet.evaluate", "accuracy of what a finished run tuned"),
+    "tables": Command("fpet.tables", "the tables of the paper, measured here, beside what was published"),
     "visualize": Command("fpet.visualize", "picture and report of the patches that a model merges in an image"),
     "doctor": Command("fpet.doctor", "which backends are active on this machine, which are not, and why"),
 }
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(command.module)
             module.add_arguments(subparser)
     options = parser.parse_args(arguments)
+    options.command_line = shlex.join(["fpet", *arguments])  # for those that keep it with their results
     assert module is not None  # argparse has refused every other word
     try:
         return int(module.run(options))

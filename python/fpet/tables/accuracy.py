@@ -1,0 +1,133 @@
+"""Accuracies of the tables, by training: on the embedded tasks, or on data that is at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import data, pretrain
+from ..config import PRESETS, Config, ConfigError
+from ..data import VTAB_TASKS
+from ..train import train
+from .measure import MODELS, Variant
+
+__all__ = ["embedded_config", "on_data", "on_embedded", "paper_config", "parse_settings", "present_tasks", "vtab_mean"]
+
+Tick = Callable[[str], object]
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Fields of Config from "name=value".
+
+    Raises:
+        ConfigError: no such field, or a value that is none of its type.
+    """
+    fields = {f.name: str(f.type).partition(" | ")[0] for f in dataclasses.fields(Config)}
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.replace("-", "_")
+        if not equals or name not in fields:
+            raise ConfigError(f"--set: expected NAME=VALUE with a setting of fpet train, got {text!r}")
+        try:
+            if fields[name] == "bool":
+                values[name] = {"true": True, "false": False}[value.lower()]
+            else:
+                values[name] = {"str": str, "int": int, "float": float}[fields[name]](value)
+        except (KeyError, ValueError):
+            raise ConfigError(f"--set: expected a value of type {fields[name]} for {name}, got {value!r}") from None
+    return values
+
+
+def embedded_config(variant: Variant, task: str, seed: int, runs: Path, settings: dict[str, Any]) -> Config:
+    """The run of one method and reduction on an embedded task; ``variant.model`` and ``layer`` have no part in it."""
+    output = runs / "embedded" / task / f"{variant.method}-{variant.reduction}-{seed}"
+    config = Config(
+        task=task, method=variant.method, reduction=variant.reduction, seed=seed, output=str(output), progress=False,
+        weights=str(runs / "embedded" / "backbone.safetensors"),
+    )  # fmt: skip
+    return dataclasses.replace(config, **settings)
+
+
+def on_embedded(
+    variants: Sequence[Variant], tasks: Sequence[str], seeds: Sequence[int], runs: Path, settings: dict[str, Any], tick: Tick
+) -> list[dict[str, Any]]:
+    """Test accuracies in percent of the embedded backbone, one entry for each task and variant, a value for each seed.
+
+    The backbone is pre-trained once. What was trained before is not trained again; a run that was killed goes on.
+    """
+    path = runs / "embedded" / "backbone.safetensors"
+    if not path.is_file():
+        tick("pre-training")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        steps = settings.get("pretrain_steps", Config().pretrain_steps)
+        pretrain.save_backbone(pretrain.pretrain(steps)[0], path)
+    configs = {(t, v, s): embedded_config(v, t, s, runs, settings) for t in tasks for v in variants for s in seeds}
+    for config in configs.values():
+        config.check()
+    found: dict[tuple[str, Variant, int], float] = {}
+    for (task, variant, seed), config in sorted(configs.items(), key=lambda item: item[0][2]):  # seed by seed
+        tick(f"{task}, {variant.method}, {variant.reduction}, seed {seed}")
+        found[task, variant, seed] = 100 * (train(config).accuracy or 0.0)
+    return [
+        {"task": t, "method": v.method, "reduction": v.reduction, "accuracies": [found[t, v, s] for s in seeds]}
+        for t in tasks
+        for v in variants
+    ]
+
+
+def present_tasks(family: str, folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Tasks of a family that the folder holds, and why each other one is left out."""
+    if family == "vtab1k":
+        found = data.check_folder(folder, decode=False)
+        wrong = {task: problems[0] for task, problems in found.items() if problems}
+        return [task for task in found if task not in wrong], wrong
+    present, absent = [], {}
+    for task in data.task_names(family):
+        try:
+            data.load(Config(data=family, task=task, data_dir=str(folder), image_size=32))
+            present.append(task)
+        except (OSError, ValueError) as error:
+            absent[task] = str(error)
+    return present, absent
+
+
+def paper_config(
+    variant: Variant, family: str, task: str, folder: Path, seed: int, runs: Path, settings: dict[str, Any]
+) -> Config:
+    """The paper's recipe for one row of a table on one task."""
+    spec = MODELS[variant.model]
+    where = "" if variant.layer is None else f"-{variant.layer}"
+    output = runs / variant.model / task / f"{variant.method}-{variant.reduction}{where}-{seed}"
+    values = PRESETS["paper"] | {
+        "data": family, "task": task, "data_dir": str(folder), "image_size": spec.image_size, "seed": seed,
+        "model": f"{spec.timm_name}.{spec.tag}", "method": variant.method, "reduction": variant.reduction,
+        "layer": variant.layer, "output": str(output), "progress": False,
+    }  # fmt: skip
+    return Config(**(values | settings))
+
+
+def on_data(
+    variant: Variant, family: str, tasks: Sequence[str], folder: Path, seeds: Sequence[int], runs: Path,
+    settings: dict[str, Any], tick: Tick,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Test accuracies in percent by task, a value for each seed."""
+    configs = {(t, s): paper_config(variant, family, t, folder, s, runs, settings) for t in tasks for s in seeds}
+    for config in configs.values():
+        config.check()
+    found: dict[str, list[float]] = {task: [] for task in tasks}
+    for (task, seed), config in configs.items():
+        tick(f"{variant}, {task}, seed {seed}")
+        found[task].append(100 * (train(config).accuracy or 0.0))
+    return found
+
+
+def vtab_mean(accuracies: dict[str, float]) -> float:
+    """Mean over the three groups of the means within each, as VTAB-1K is averaged; of other tasks the plain mean."""
+    groups: dict[str, list[float]] = {}
+    for task, value in accuracies.items():
+        groups.setdefault(VTAB_TASKS[task].group if task in VTAB_TASKS else "", []).append(value)
+    return statistics.fmean(statistics.fmean(values) for values in groups.values())

@@ -1,0 +1,280 @@
+"""What one combination of backbone, tuning method and token reduction costs, on this machine."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import fpet
+
+from .. import comparators
+from ..memory import step_memory
+
+__all__ = [
+    "CLOCKS", "FOLDED", "MODELS", "Backbone", "Variant", "backbone", "build", "complaint", "forward_call", "gmac", "inputs",
+    "quotient", "step_call", "take_turns", "training_bytes",
+]  # fmt: skip
+
+CLASSES = 100  # of CIFAR-100, the first of the VTAB tasks
+FOLDED = ("lora", "bi-lora", "repadapter", "ssf", "fact-tt")  # into the backbone, before inference is timed
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+Call = Callable[[], object]
+
+
+class Backbone(NamedTuple):
+    """Attributes: title; timm_name; image_size, pixels along each side; depth, blocks; tag of the weights that are tuned."""
+
+    title: str
+    timm_name: str
+    image_size: int
+    depth: int
+    tag: str
+
+
+MODELS = {
+    "vits16": Backbone("ViT-S/16", "vit_small_patch16_224", 224, 12, "augreg_in21k"),
+    "vitb16": Backbone("ViT-B/16", "vit_base_patch16_224", 224, 12, "augreg_in21k"),
+    "vitl16": Backbone("ViT-L/16", "vit_large_patch16_224", 224, 24, "augreg_in21k"),
+    "deits16": Backbone("DeiT-S/16", "deit_small_patch16_224", 224, 12, "fb_in1k"),
+    "deitb16": Backbone("DeiT-B/16", "deit_base_patch16_224", 224, 12, "fb_in1k"),
+    "tiny": Backbone("timm's test_vit", "test_vit", 160, 6, "r160_in1k"),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of a table. Attributes: model, of MODELS; method; reduction; layer that reduces, None where none or all do."""
+
+    model: str
+    method: str
+    reduction: str
+    layer: int | None = None
+
+    @property
+    def plain(self) -> Variant:
+        """The same method with every token kept: what ratios are taken to."""
+        return Variant(self.model, self.method, "none")
+
+    def __str__(self) -> str:
+        where = "" if self.layer is None else f" at {self.layer}"
+        return f"{MODELS[self.model].title}, {self.method}, {self.reduction}{where}"
+
+
+# --- models ------------------------------------------------------------------------------------------------------------
+
+
+def backbone(name: str, device: torch.device, attention: str = "fused") -> nn.Module:
+    """The model that all variants of one backbone start from: timm's architecture, seeded random weights.
+
+    Args:
+        attention: "fused" for scaled_dot_product_attention; "plain" for attention that keeps its N × N matrices, as the
+            timm release did that the paper's code is written for.
+    """
+    spec = MODELS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = timm.create_model(spec.timm_name, pretrained=False, img_size=spec.image_size, num_classes=CLASSES)
+    for block in model.blocks:
+        block.attn.fused_attn = attention == "fused"
+    return model.to(device).eval()
+
+
+def build(base: nn.Module, variant: Variant, *, training: bool, share: bool = True) -> nn.Module:
+    """``base`` with the variant's adapters and reduction; for training, with what is not tuned frozen.
+
+    For inference, methods that are linear are folded into the weights, as they would be served.
+
+    Args:
+        share: weights that are not trained stay in base's memory; otherwise all are copied.
+    """
+    folds = not training and variant.method in FOLDED
+    memo: dict[int, Any] = {}
+    for p in base.parameters():  # parameters of its own, as each variant trains others
+        memo[id(p)] = nn.Parameter(p.data if share and not folds else p.data.clone())
+    model = copy.deepcopy(base, memo)
+    fpet.add_adapters(model, variant.method)
+    if variant.reduction == "fpet":
+        fpet.apply(model, layer=variant.layer, refinement=True)
+    elif variant.reduction != "none":
+        comparators.apply(model, variant.reduction, variant.layer)
+    if not training:
+        model.eval()
+        if folds:
+            fpet.fold(model)
+            if share:  # a fold changes values, which no time depends on, and may add biases
+                for name, p in base.named_parameters():
+                    model.get_parameter(name).data = p.data
+        return model.requires_grad_(False)
+    fpet.freeze(model)
+    if share:
+        theirs = {p.data_ptr() for p in base.parameters()}
+        for p in model.parameters():
+            if p.requires_grad and p.data_ptr() in theirs:
+                p.data = p.data.clone()
+    return model.train()
+
+
+@torch.no_grad()
+def complaint(model: nn.Module, variant: Variant, image: Tensor) -> str | None:
+    """Why an inference model must not be timed: logits that are no numbers, or tokens that got lost; None if it is right."""
+    if not model(image).isfinite().all():
+        return f"{variant}: its logits are not finite"
+    if variant.reduction == "none":
+        return None
+    found = fpet.merged_features(model, image)
+    counted, before = found.size.sum(1).flatten().tolist(), found.source.shape[1]
+    if any(round(n) != before for n in counted):
+        return f"{variant}: its sizes sum to {counted}, not to {before} tokens"
+    return None
+
+
+def forward_call(model: nn.Module, images: Tensor, amp: bool = False) -> Call:
+    """A forward without gradients."""
+
+    def call() -> None:
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+            model(images)
+
+    return call
+
+
+def step_call(model: nn.Module, images: Tensor, labels: Tensor, amp: bool = False) -> Call:
+    """A step of tuning: forward, loss, backward, AdamW."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=1e-4)
+
+    def call() -> None:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+            out = model(images)
+        F.cross_entropy(out.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return call
+
+
+# --- FLOPs and memory ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _nothing_computed(model: nn.Module) -> Iterator[nn.Module]:
+    """``model``, made on the device "meta", on a CPU that only keeps books: shapes, dtypes and storages, no data."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield model.to_empty(device="cpu")
+
+
+def gmac(variant: Variant, attention: str = "fused") -> float:
+    """10⁹ multiply-adds of the forward of one image: half of the FLOPs that torch's counter counts."""
+    base, side = backbone(variant.model, torch.device("meta"), attention), MODELS[variant.model].image_size
+    counter = FlopCounterMode(display=False)
+    try:
+        with _nothing_computed(build(base, variant, training=False)) as model, counter, torch.no_grad():
+            model(torch.empty(1, 3, side, side))
+    except DynamicOutputShapeException:  # how many tokens stay depends on the image
+        counter = FlopCounterMode(display=False)
+        image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+        real = build(backbone(variant.model, torch.device("cpu"), attention), variant, training=False)
+        with counter, torch.no_grad():
+            real(image)
+    return float(counter.get_total_flops()) / 2e9
+
+
+def training_bytes(
+    variant: Variant, batch: int, device: torch.device, attention: str = "fused", amp: bool = False
+) -> tuple[int, str]:
+    """The most memory that a step of tuning takes at ``batch`` images, weights and AdamW's state included, and how that was
+    found: on CUDA by PyTorch's allocator; elsewhere counted by :mod:`fpet.memory`, without computing.
+    """
+    side = MODELS[variant.model].image_size
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(device)
+        model = build(backbone(variant.model, device, attention), variant, training=True)
+        images, labels = inputs(side, batch, device)
+        return step_memory(model, images, labels, amp=amp).peak - before, "peak of PyTorch's allocator"
+    base = backbone(variant.model, torch.device("meta"), attention)
+    try:
+        with _nothing_computed(build(base, variant, training=True)) as model:
+            memory = step_memory(model, torch.empty(batch, 3, side, side), torch.empty(batch, dtype=torch.long), amp=amp)
+        return memory.peak, "storages alive at once, counted"
+    except DynamicOutputShapeException:
+        # Indices are computed from values, so they have to be; bytes grow by as much with each further image.
+        model = build(backbone(variant.model, device, attention), variant, training=True)
+        two, four = (step_memory(model, *inputs(side, count, device), amp=amp).peak for count in (2, 4))
+        return two + (batch - 2) * (four - two) // 2, "storages alive at once, counted at 2 and 4 images, extrapolated"
+
+
+def inputs(side: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Seeded noise (batch, 3, side, side), and labels."""
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(batch, 3, side, side, generator=g).to(device), torch.arange(batch, device=device) % CLASSES
+
+
+# --- time ----------------------------------------------------------------------------------------------------------------
+
+
+def take_turns(
+    calls: dict[Variant, Call], device: torch.device, budget: float, *, clock: str = "wall",
+    tick: Callable[[float], object] = lambda _share: None,
+) -> dict[Variant, list[float]]:  # fmt: skip
+    """Seconds per call, round by round, for about ``budget`` seconds and at least 5 rounds.
+
+    Each round starts with another call, so that whatever else the machine does hits all of them alike; first calls are not
+    counted.
+
+    Args:
+        clock: "wall"; or "cpu" for the processor time of this process, which on a shared machine says more. CUDA has its own.
+        tick: told the share of the work that is done, after every round.
+    """
+    take = _cuda_seconds(device) if device.type == "cuda" else _cpu_seconds(CLOCKS[clock])
+    for call in calls.values():
+        take(call)
+    seconds: dict[Variant, list[float]] = {variant: [] for variant in calls}
+    names, start, rounds = list(calls), time.perf_counter(), 0
+    while rounds < MIN_ROUNDS or (time.perf_counter() - start < budget and rounds < MAX_ROUNDS):
+        shift = rounds % max(1, len(names))
+        for name in names[shift:] + names[:shift]:
+            seconds[name].append(take(calls[name]))
+        rounds += 1
+        tick(min(1.0, rounds / MIN_ROUNDS, max((time.perf_counter() - start) / max(budget, 1e-9), rounds / MAX_ROUNDS)))
+    return seconds
+
+
+def _cpu_seconds(clock: Callable[[], float]) -> Callable[[Call], float]:
+    def take(call: Call) -> float:
+        start = clock()
+        call()
+        return clock() - start
+
+    return take
+
+
+def _cuda_seconds(device: torch.device) -> Callable[[Call], float]:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def take(call: Call) -> float:
+        torch.cuda.synchronize(device)
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(device)
+        return float(start.elapsed_time(end)) / 1e3
+
+    return take
+
+
+def quotient(one: list[float], other: list[float]) -> float:
+    """Median over rounds of the quotient of two times of one round: what slows a whole round down cancels out."""
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
