@@ -137,7 +137,7 @@ class Build:
         release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, errors="replace").stdout
         found = re.search(r"V(\d+)\.(\d+)[.\d]*", release)
         if found is None or (int(found[1]), int(found[2])) < MIN_NVCC:
-            raise Unavailable(f"expected nvcc 12.4 or later, got {found[0] if found else release[:80]!r} ({nvcc})")
+            raise Unavailable(f"expected nvcc 12.4 or later, got {found[0] if found else repr(release[:80])} ({nvcc})")
         options = ["-DFPET_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
         if os.environ.get("CXX") and not os.environ.get("CUDAHOSTCXX"):
             options.append(f"-DCMAKE_CUDA_HOST_COMPILER={shutil.which(self.compiler[-1]) or self.compiler[-1]}")

@@ -29,9 +29,9 @@ pytestmark = pytest.mark.skipif(bool(missing), reason=f"building needs {', '.joi
 
 
 def run(*command: object, cwd: Path, ok: bool = True, **environment: str) -> str:
-    """stdout and stderr of a command, run with none of the caller's build switches."""
-    switches = ("FPET_", "CXX", "CMAKE_", "PYTHONPATH")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(switches)} | environment
+    """stdout and stderr of a command, run with none of the caller's build switches; CUDA kernels only on request."""
+    switches = ("FPET_", "CXX", "CMAKE_", "PYTHONPATH", "CUDA", "TORCH_CUDA_ARCH_LIST")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(switches)} | {"FPET_CUDA": "0"} | environment
     done = subprocess.run(
         list(map(str, command)), cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -115,7 +115,7 @@ def test_install_without_a_compiler_succeeds_and_says_so(tree: Path, tmp_path: P
         sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--target", site, tree,
         cwd=tmp_path, CXX=compiler,
     )  # fmt: skip
-    assert "the pure-PyTorch path is in use" in said and re.search(reason, said)
+    assert "the pure-PyTorch path" in said and re.search(reason, said)
     assert "py3-none-any.whl" in said
     assert not list(site.rglob("*.so"))
     facts = doctor(site, tmp_path)
@@ -127,7 +127,7 @@ def test_install_without_a_compiler_succeeds_and_says_so(tree: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("switches", "message"),
     [
-        ({"FPET_CUDA": "1"}, "FPET_CUDA=1: .* no CUDA kernels"),
+        ({"FPET_NATIVE": "0", "FPET_CUDA": "1", "CUDACXX": "/nowhere/nvcc"}, "FPET_CUDA=1, .*no nvcc was found.*/nowhere/nvcc"),
         ({"FPET_CUDA": "yes"}, "FPET_CUDA: expected auto, 0 or 1, got 'yes'"),
         ({"FPET_NATIVE": "1", "CXX": NO_COMPILER}, "FPET_NATIVE=1, .* no C\\+\\+ compiler was found"),
         (
@@ -135,7 +135,7 @@ def test_install_without_a_compiler_succeeds_and_says_so(tree: Path, tmp_path: P
             "FPET_TORCH_DIR: expected the folder of torch >= 2.10, got '/nowhere'",
         ),
     ],
-    ids=["cuda", "bad switch", "no compiler", "no torch"],
+    ids=["no nvcc", "bad switch", "no compiler", "no torch"],
 )
 def test_a_demand_that_cannot_be_met_fails_loudly(tree: Path, switches: dict[str, str], message: str) -> None:
     said = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, ok=False, **switches)
@@ -144,12 +144,70 @@ def test_a_demand_that_cannot_be_met_fails_loudly(tree: Path, switches: dict[str
 
 def test_switching_native_code_off_removes_what_an_earlier_build_left(tree: Path) -> None:
     package = tree / "fpet_kernels"
-    stale = [package / "libfpet_ops.so", package / "_introspect.cpython-311-x86_64-linux-gnu.so"]
+    stale = [
+        package / name for name in ("libfpet_ops.so", "libfpet_cuda_ops.so", "_introspect.cpython-311-x86_64-linux-gnu.so")
+    ]
     for path in stale:
         path.touch()
-    run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, FPET_NATIVE="0")
+    run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, FPET_NATIVE="0", FPET_CUDA="auto")
     assert not any(path.exists() for path in stale)
-    assert "FPET_NATIVE=0" in json.loads((package / "_build_info.json").read_text())["reason"]
+    record = json.loads((package / "_build_info.json").read_text())
+    assert "FPET_NATIVE=0" in record["reason"] and "FPET_NATIVE=0" in record["cuda"]["reason"]
+
+
+def fake_nvcc(folder: Path, version: str) -> str:
+    """A compiler that has a version and can't compile."""
+    path = folder / "nvcc"
+    path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version[:4]}, V{version}'\n[ \"$1\" = --version ]\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [("12.3.107", r"expected nvcc 12\.4 or later, got V12\.3\.107"), ("13.0.88", "cmake.* failed with status 1")],
+    ids=["old", "broken"],
+)
+def test_cuda_that_cannot_be_compiled_leaves_the_rest_and_says_so(
+    tree: Path, tmp_path: Path, version: str, reason: str
+) -> None:
+    """Unless it is demanded."""
+    (tree / "fpet_kernels" / "libfpet_cuda_ops.so").touch()
+    with_cuda = str(tmp_path / "torch")  # a torch with CUDA, as far as a build can tell
+    Path(with_cuda).mkdir()
+    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.11.0'\ncuda: Optional[str] = '13.0'\n")
+    switches = {"CUDACXX": fake_nvcc(tmp_path, version), "FPET_TORCH_DIR": with_cuda}
+    build = (sys.executable, "setup.py", "build_ext", "--inplace")
+    said = run(*build, cwd=tree, FPET_CUDA="auto", CXX="false", **switches)  # the CPU library fails at once, to be quick
+    assert re.search(f"the library of CUDA kernels was NOT built. Reason: {reason}", said), said
+    assert re.search(reason, json.loads((tree / "fpet_kernels" / "_build_info.json").read_text())["cuda"]["reason"])
+    assert not (tree / "fpet_kernels" / "libfpet_cuda_ops.so").exists()
+    said = run(*build, cwd=tree, ok=False, FPET_NATIVE="0", FPET_CUDA="1", CXX="false", **switches)
+    assert re.search(f"FPET_CUDA=1, and it can't be built: {reason}", said)
+
+
+def test_cuda_is_left_out_for_a_torch_without_it(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n")
+    switches = {"FPET_TORCH_DIR": str(tmp_path / "torch"), "CUDACXX": fake_nvcc(tmp_path, "13.0.88"), "CXX": "false"}
+    run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, FPET_CUDA="auto", **switches)
+    record = json.loads((tree / "fpet_kernels" / "_build_info.json").read_text())
+    assert "torch 2.13.0+cpu is built without CUDA" in record["cuda"]["reason"]
+
+
+def test_a_library_in_use_is_replaced_not_overwritten(tree: Path, tmp_path: Path) -> None:
+    """A process that has the old one mapped keeps it, whole: the new one is another file under the same name."""
+    library = tree / "fpet_kernels" / "libfpet_ops.so"
+    library.write_text("the old library")
+    in_use = library.open()
+    kept = tmp_path / "kept.so"
+    os.link(library, kept)
+    # One instruction set is enough here.
+    fast = "-DCMAKE_BUILD_TYPE=Debug -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=any"
+    run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, FPET_NATIVE="1", CMAKE_ARGS=fast)
+    assert library.stat().st_size > 100_000 and not library.samefile(kept)
+    assert kept.read_text() == in_use.read() == "the old library"
+    assert not list(library.parent.glob(".*.new"))
 
 
 def ask_backend(expression: str, tmp_path: Path, setup: str = "", **environment: str) -> object:
@@ -214,3 +272,21 @@ def test_find_compiler(tmp_path: Path) -> None:
     assert found() == ["g++"]
     assert found(CXX="ccache clang++") == ["ccache", "clang++"]
     assert found(CXX=NO_COMPILER) is None
+
+
+def test_find_nvcc(tmp_path: Path) -> None:
+    def found(**environment: str) -> object:
+        # Not the one that may be in /usr/local/cuda here.
+        hidden = "which = build_backend.shutil.which\nbuild_backend.shutil.which = lambda name: None if 'local' in name else which(name)"
+        return ask_backend("build_backend.find_nvcc()", tmp_path, hidden, **{"PATH": str(tmp_path / "path"), **environment})
+
+    assert found() is None
+    for folder in ("path", "home/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    in_home, on_path = tmp_path / "home" / "bin" / "nvcc", tmp_path / "path" / "nvcc"
+    in_home.touch(mode=0o755)
+    assert found() is None
+    assert found(CUDA_HOME=str(tmp_path / "home")) == found(CUDACXX=str(in_home)) == str(in_home)
+    on_path.touch(mode=0o755)
+    assert found(CUDA_HOME=str(tmp_path / "home")) == str(on_path)
+    assert found(CUDACXX="/nowhere/nvcc") is None
