@@ -77,36 +77,80 @@ def test_float64():
     assert {"match_tiles", "row_pass", "column_pass", "refined_gradient", "weight_partials"} <= {row["kernel"] for row in rows}
 
 
-def test_inductor_sees_the_kernels():
-    """Functionalised, as AOTAutograd does it, the operators fall apart into the kernels' launches: nothing opaque is left."""
-    import torch
-    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
+class Captured(Exception):
+    """Ends a compilation once its graph is there."""
+
+
+@pytest.fixture
+def no_gpu():
+    """Torch reads a kernel's code to find what it writes, for the GPU that is there; here for one that is not."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
 
     from fpet_kernels.triton import configs
+
+    class Driver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+
+    before = driver._active
+    driver.set_active(Driver())
+    try:
+        with configs.pretend("sm90"):
+            yield
+    finally:
+        driver._active = before
+
+
+SHORT_LAUNCHES = ["merge_short", "prepare_backward", "backward_short", "refined_gradient", "weight_partials", "reduce_partials"]
+LONG_LAUNCHES = [
+    "prepare_keys", "match_tiles", "merge_lists", "spread_gradient_kernel", "prepare_backward", "row_pass", "column_pass",
+    "refined_gradient", "weight_partials", "reduce_partials",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("grid", "launches"), [((14, 14), SHORT_LAUNCHES), ((40, 40), LONG_LAUNCHES)], ids=["short", "long"])
+def test_inductor_sees_the_kernels(grid, launches, dynamic, no_gpu):
+    """Traced, the operators fall apart into the kernels' launches: nothing opaque is left, and no input is copied for one."""
+    import torch
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
     from fpet_kernels.triton import ops as _  # noqa: F401  (registers the operators)
 
-    def step(x, key, delta):
-        problem = (None, None, 14, 14, 1, 1.0, True)
-        inputs = (x, key, None, None, None, None, delta)
+    found = []
+
+    def capture(graph, _inputs):
+        for node in graph.graph.nodes:
+            assert "fpet" not in str(node.target)
+            if "triton_kernel_wrapper" in str(node.target):
+                found.append((kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__, node))
+        raise Captured
+
+    def step(x, key, down, up):
+        problem = (None, None, *grid, 1, 1.0, True)
+        inputs = (x, key, None, down, up, None, None)
         outputs = torch.ops.fpet.bdm_forward_triton(*inputs, *problem)
-        needs = (True, False, False, True, False)
+        needs = (True, False, True, False, False)
         return outputs[0], *torch.ops.fpet.bdm_backward_triton(outputs[0], None, *inputs, *outputs, *problem, *needs)
 
-    def functionalised(*tensors):
-        with FunctionalTensorMode():
-            outputs = step(*(FunctionalTensor.to_functional(t) for t in tensors))
-            return [torch._from_functional_tensor(t.elem) for t in outputs]
-
-    with configs.pretend("sm90"), FakeTensorMode():
-        tensors = [torch.empty(4, 197, width, dtype=torch.bfloat16, device="cuda") for width in (768, 64, 64)]
-        graph = make_fx(functionalised)(*tensors).graph
-    launched = [
-        kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__
-        for node in graph.nodes
-        if "triton_kernel_wrapper" in str(node.target)
-    ]
-    assert launched == ["merge_short", "prepare_backward", "backward_short", "refined_gradient"]
-    assert not [node for node in graph.nodes if "fpet" in str(node.target)]
+    n = 1 + grid[0] * grid[1]
+    tensors = (
+        torch.empty(3, n, 64),
+        torch.empty(3, n, 3, 4, 32).permute(2, 0, 3, 1, 4)[1],
+        torch.empty(8, 32),
+        torch.empty(32, 8),
+    )
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=aot_autograd(fw_compiler=capture))
+    with pytest.raises(BackendCompilerFailed, match="Captured"):
+        compiled(*tensors)
+    torch._dynamo.reset()
+    assert [name for name, _ in found] == launches
+    for name, node in found:
+        written = node.kwargs["tensors_to_clone"]
+        assert written, f"{name} writes nothing"
+        copied = [arg for arg in written if node.kwargs["kwargs"][arg].op == "placeholder"]
+        assert not copied, f"{name}: Inductor would copy {copied}"

@@ -134,9 +134,8 @@ class _Problem:
         self.score_dtype = base.reference.compute_dtype(x, key, size, w_down, w_up, key_delta)  # type: ignore[attr-defined]
         self.double = self.score_dtype == torch.float64
         # A 16-bit key that nothing is added to is multiplied as it is.
-        self.raw = (
-            self.heads == 1 and not self.refined and not self.delta and key.dtype in (torch.float16, torch.bfloat16)
-        ) and not self.double
+        half = key.dtype in (torch.float16, torch.bfloat16) and not self.double
+        self.raw = bool(half and not self.refined and not self.delta and self.heads == 1)  # bool(): heads may be symbolic
         self.key_dtype = key.dtype
         self.arch = configs.table(x.device.type, x.device.index)
         self.tiles = self.arch.tiles_double if self.double else self.arch.tiles
@@ -195,13 +194,18 @@ class _Problem:
 
 
 class _Inputs:
-    """The tensors of a call. An absent one still takes an argument: any pointer will do, it is never read."""
+    """The tensors of a call. An absent one still takes an argument: any pointer will do, it is never read.
+
+    Positions lead to where kernels write, so torch's analysis takes their lists for written, and Inductor would copy x if it
+    stood in for them.
+    """
 
     __slots__ = ("a", "b", "delta", "down", "key", "mask", "size", "up", "x")
 
     def __init__(
         self, x: Tensor, key: Tensor, size: Tensor | None, w_down: Tensor | None, w_up: Tensor | None,
         dropout_mask: Tensor | None, key_delta: Tensor | None, split_a: Tensor | None, split_b: Tensor | None,
+        traced: bool,
     ) -> None:  # fmt: skip
         self.x, self.key = x, key
         self.size = x if size is None else size
@@ -211,8 +215,9 @@ class _Inputs:
         if self.mask.dtype == torch.bool:
             self.mask = self.mask.view(torch.uint8)
         self.delta = key if key_delta is None else key_delta
-        self.a = x if split_a is None else split_a.contiguous()
-        self.b = x if split_b is None else split_b.contiguous()
+        self.a, self.b = (x.new_empty(1), x.new_empty(1)) if traced else (x, x)
+        if split_a is not None and split_b is not None:
+            self.a, self.b = split_a.contiguous(), split_b.contiguous()
 
 
 class _Gradient(_Problem):
@@ -226,14 +231,14 @@ class _Gradient(_Problem):
         self.s_grad, self.s_tok = grad.stride(), tokens.stride()
         self.grad_sized = grad_size is not None
         self.s_gs = (0, 0) if grad_size is None else grad_size.stride()[:2]
-        self.keys = (self.need_weights or self.need_refined or self.need_key) and self.num_a > 0
+        self.keys = bool((self.need_weights or self.need_refined or self.need_key) and self.num_a > 0)
         # Programs of the gather, per image.
         self.spread = _cdiv(self.merged + self.num_a, self.tiles.rows) if self.need_x or self.need_size else 0
         fused = self.keys and self.short is not None
         self.config = self.arch.backward.get((self.item, self.raw, self.short)) if fused else None  # type: ignore[arg-type]
         # What goes on through the refinement reads the key again: rather its mean than all of its heads.
         self.through = self.refined and (self.need_weights or self.need_key)
-        self.mean = self.through and self.heads > 1
+        self.mean = bool(self.through and self.heads > 1)
         if self.mean:
             self.s_inner, self.inner_heads = ((self.prefix + self.rows) * self.channels, 0, self.channels, 1), 1
         else:
@@ -371,7 +376,7 @@ def _launch_forward(
         return outputs
     q = _remembered(tensors, numbers, lambda: _Problem(*tensors, *numbers))
     config = q.arch.forward.get((q.item, q.raw, q.short)) if q.short is not None else None
-    inputs = _Inputs(*tensors)
+    inputs = _Inputs(*tensors, q.traced)
     with _on_device(x.device) if _plain(x) else _NOWHERE:
         if config is None:
             _forward_long(q, inputs, *outputs)
@@ -407,7 +412,7 @@ def _launch_backward(
         for grad in outputs[1:]:
             grad.zero_()
     with _on_device(x.device) if _plain(x) else _NOWHERE:
-        _backward(q, _Inputs(*inputs, split_a, split_b), grad_tokens, grad_size, *saved, *outputs)
+        _backward(q, _Inputs(*inputs, split_a, split_b, q.traced), grad_tokens, grad_size, *saved, *outputs)
     return outputs
 
 
