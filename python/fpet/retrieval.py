@@ -1,0 +1,589 @@
+"""Image-text retrieval with BLIP (Table A7): UniAdapters and merged image tokens, trained and evaluated.
+
+>>> model = BlipForImageTextRetrieval.from_pretrained("Salesforce/blip-itm-base-flickr")
+>>> retrieval.prepare(model, RetrievalConfig())
+>>> retrieval.train(model, tokenizer, load_split(folder, "train", retrieval.image_transform(384)), RetrievalConfig())
+>>> print(retrieval.evaluate(model, tokenizer, load_split(folder, "test", retrieval.image_transform(384))).table())
+
+``python -m fpet.retrieval --demo`` runs all of it on drawn shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from . import checkpoint, huggingface
+from .data.base import epoch_order
+from .data.captions import WORDS, write_folder
+from .data.flickr30k import ImageTextSplit, check_folder, load_split
+from .freeze import freeze as freeze_backbone
+from .huggingface import ImageTokens, encode_image, encode_text, match_logits
+from .saving import _digest
+from .uniadapter import add_uniadapters
+
+__all__ = [
+    "Losses",
+    "RetrievalConfig",
+    "RetrievalLoss",
+    "RetrievalScore",
+    "contrastive_loss",
+    "evaluate",
+    "freeze",
+    "hard_negatives",
+    "image_transform",
+    "load_tuned",
+    "prepare",
+    "recall",
+    "save_tuned",
+    "train",
+]
+
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+_KS = (1, 5, 10)
+_HEADS = ("vision_proj", "text_proj", "itm_head")
+
+
+@dataclass(frozen=True)
+class RetrievalConfig:
+    """A run. The defaults are those of UniAdapter's published configuration for Flickr30K and of FPET's refinement.
+
+    Attributes:
+        merge: whether half of the image tokens are merged. layer: 0-based, in which layer; None: the middle one.
+        refine: learn the key's refinement. attention: see :func:`fpet.huggingface.apply`.
+        adapter_dim, adapter_scale: of the UniAdapters. temperature: of the contrastive loss, fixed.
+        epochs, batch_size, lr, min_lr, weight_decay: AdamW with a cosine from lr to min_lr.
+        max_length: tokens of a caption. top_k: candidates that matching re-ranks in evaluation.
+        encode_token_id: takes the first token's place where text meets image, as BLIP's own code has it; None leaves it.
+        grad_checkpointing, amp (bfloat16), seed.
+    """
+
+    merge: bool = True
+    layer: int | None = None
+    refine: bool = True
+    attention: str | None = None
+    adapter_dim: int = 512
+    adapter_scale: float = 0.1
+    temperature: float = 0.07
+    epochs: int = 6
+    batch_size: int = 32
+    lr: float = 1e-5
+    min_lr: float = 0.0
+    weight_decay: float = 0.05
+    max_length: int = 35
+    top_k: int = 128
+    encode_token_id: int | None = None
+    grad_checkpointing: bool = False
+    amp: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("adapter_dim", "epochs", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size: expected at least 2, as negatives come from the batch, got {self.batch_size}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: expected at least 0, got {self.top_k}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
+
+
+# --- what is tuned ---------------------------------------------------------------------------------------------------------
+
+
+def prepare(model: nn.Module, config: RetrievalConfig) -> nn.Module:
+    """Merging, UniAdapters and what is trained, on a bare BlipForImageTextRetrieval. Returns ``model``."""
+    depth = len(huggingface.vision_layers(huggingface.find_vision_encoder(model)))
+    layer = depth // 2 if config.layer is None else config.layer
+    huggingface.apply(
+        model, layer if config.merge else None, refinement=True if config.merge and config.refine else None,
+        attention=config.attention,
+    )  # fmt: skip
+    add_uniadapters(model, config.adapter_dim, scale=config.adapter_scale)
+    if config.grad_checkpointing:
+        # Re-entrant checkpointing gives no gradient behind frozen inputs.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    return freeze(model)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Leaves adapters, refinement, the two projections and the matching head trainable. Returns ``model``."""
+    freeze_backbone(model)
+    for name in _HEADS:
+        getattr(model, name).requires_grad_(True)
+    return model
+
+
+def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that require a gradient, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------------
+
+
+class Losses(NamedTuple):
+    """Attributes: contrastive (ITC), matching (ITM), both scalars."""
+
+    contrastive: Tensor
+    matching: Tensor
+
+
+def contrastive_loss(similarity: Tensor, image_ids: Tensor) -> Tensor:
+    """Cross-entropy from image to text and back, halved; captions of one image share the probability.
+
+    Args:
+        similarity: (B, B), images × texts, over the temperature. image_ids: (B,), which image each pair is of.
+    """
+    same = (image_ids[:, None] == image_ids).to(similarity.dtype)
+    target = same / same.sum(dim=1, keepdim=True)
+    return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.t(), target)) / 2
+
+
+@torch.no_grad()
+def hard_negatives(similarity: Tensor, image_ids: Tensor) -> Tensor:
+    """(B,) int64: for each row a column of another image, drawn in proportion to softmax(similarity).
+
+    Raises:
+        ValueError: all pairs of a batch are of one image.
+    """
+    same = image_ids[:, None] == image_ids
+    if same.all():
+        raise ValueError("image_ids: expected at least two different images in a batch, which are each other's negatives")
+    weights = similarity.float().masked_fill(same, float("-inf")).softmax(dim=1)
+    return torch.multinomial(weights, 1).squeeze(1)
+
+
+class RetrievalLoss(nn.Module):
+    """ITC and ITM of a batch of pairs; a module, so that a data-parallel wrapper goes around it.
+
+    Negatives and contrasts come from the batch; BLIP's momentum encoder and its queue are left out.
+    """
+
+    def __init__(self, model: nn.Module, temperature: float = 0.07, encode_token_id: int | None = None) -> None:
+        super().__init__()
+        self.model, self.temperature, self.encode_token_id = model, temperature, encode_token_id
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, image_ids: Tensor) -> Losses:
+        """Images (B, 3, H, W), texts (B, L) and their mask, (B,) which image each is."""
+        image, image_features = encode_image(self.model, pixel_values)
+        text_features = encode_text(self.model, input_ids, attention_mask)
+        similarity = (image_features @ text_features.t()).float() / self.temperature
+        other_image = hard_negatives(similarity.t(), image_ids)
+        other_text = hard_negatives(similarity, image_ids)
+        own = torch.arange(len(image_ids), device=image_ids.device)
+        images, texts = torch.cat((own, other_image, own)), torch.cat((own, own, other_text))
+        ids = with_encode_token(input_ids, self.encode_token_id)
+        logits = match_logits(self.model, ids[texts], attention_mask[texts], image[images])
+        matching = F.cross_entropy(logits.float(), (torch.arange(len(texts), device=own.device) < len(own)).long())
+        return Losses(contrastive_loss(similarity, image_ids), matching)
+
+
+def with_encode_token(input_ids: Tensor, token: int | None) -> Tensor:
+    """(B, L) with ``token`` in the first place, or as it is."""
+    if token is None:
+        return input_ids
+    return torch.cat((torch.full_like(input_ids[:, :1], token), input_ids[:, 1:]), dim=1)
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------------------
+
+
+def recall(scores: Tensor, relevant: Tensor, ks: Sequence[int] = _KS) -> dict[int, float]:
+    """Part of the queries, in [0, 1], with something relevant among the ``k`` best candidates, for each k.
+
+    Args:
+        scores: (Q, C). relevant: (Q, C) bool, with at least one in each row. A tie counts as lost: equal scores find nothing.
+    """
+    if scores.shape != relevant.shape or scores.dim() != 2:
+        raise ValueError(f"relevant: expected the shape (Q, C) of scores, {tuple(scores.shape)}, got {tuple(relevant.shape)}")
+    if not relevant.any(dim=1).all():
+        raise ValueError("relevant: expected something relevant for every query, got a row without")
+    best = scores.masked_fill(~relevant, float("-inf")).amax(dim=1, keepdim=True)
+    rank = ((scores >= best) & ~relevant).sum(dim=1)
+    return {k: (rank < k).double().mean().item() for k in ks}
+
+
+@dataclass(frozen=True)
+class RetrievalScore:
+    """Attributes: image_to_text, text_to_image: recall by k, in [0, 1]; contrastive: both, before matching re-ranked them."""
+
+    image_to_text: dict[int, float]
+    text_to_image: dict[int, float]
+    contrastive: tuple[dict[int, float], dict[int, float]]
+
+    @property
+    def mean(self) -> float:
+        """Of the six recalls, in [0, 1]."""
+        values = [*self.image_to_text.values(), *self.text_to_image.values()]
+        return sum(values) / len(values)
+
+    def table(self) -> str:
+        """The recalls in per cent, a line for each direction."""
+        ks = list(self.image_to_text)
+        lines = [" " * 28 + "".join(f"{'R@' + str(k):>8}" for k in ks)]
+        rows = zip(
+            ("image → text", "text → image"), (self.image_to_text, self.text_to_image), self.contrastive, strict=True
+        )
+        for name, reranked, features in rows:
+            lines.append(f"{name + ', features alone':<28}" + "".join(f"{100 * features[k]:8.1f}" for k in ks))
+            lines.append(f"{name + ', re-ranked':<28}" + "".join(f"{100 * reranked[k]:8.1f}" for k in ks))
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, tokenizer: Any, split: ImageTextSplit, config: RetrievalConfig | None = None, *, batch_size: int = 64,
+    device: torch.device | str = "cpu", workers: int = 0, progress: bool = False, ks: Sequence[int] = _KS,
+) -> RetrievalScore:  # fmt: skip
+    """Recall in both directions: features rank everything, matching re-ranks the ``config.top_k`` best of each query.
+
+    The model is in evaluation mode meanwhile, and afterwards as it was.
+    """
+    config = config or RetrievalConfig()
+    device = torch.device(device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+            return _evaluate(model, tokenizer, split, config, batch_size, device, workers, progress, ks)
+    finally:
+        model.train(training)
+
+
+def _evaluate(
+    model: nn.Module, tokenizer: Any, split: ImageTextSplit, config: RetrievalConfig, batch_size: int, device: torch.device,
+    workers: int, progress: bool, ks: Sequence[int],
+) -> RetrievalScore:  # fmt: skip
+    text = tokenize(tokenizer, split.captions, config.max_length)
+    features = [
+        encode_text(model, ids.to(device), mask.to(device))
+        for ids, mask in zip(*(part.split(4 * batch_size) for part in text), strict=True)
+    ]
+    text_features = torch.cat(features).float()
+    tokens, features = [], []
+    numbers = list(range(len(split.files)))
+    for images in _bar(_images(split, _chunks(numbers, batch_size), workers), len(numbers) / batch_size, "images", progress):
+        image, feature = encode_image(model, images.to(device))
+        tokens.append(ImageTokens(*(None if part is None else part.cpu() for part in image)))  # all of them may be too many
+        features.append(feature)
+    sizes = [part.size for part in tokens]
+    every = ImageTokens(
+        torch.cat([part.tokens for part in tokens]),
+        None if sizes[0] is None else torch.cat(sizes),  # type: ignore[arg-type]
+    )
+    similarity = torch.cat(features).float() @ text_features.t()  # (images, texts)
+    relevant = torch.tensor(split.image_of)[None, :] == torch.arange(len(split.files))[:, None]
+
+    def match(images: Tensor, texts: Tensor) -> Tensor:
+        found = every[images]
+        image = ImageTokens(*(None if part is None else part.to(device) for part in found))
+        ids = with_encode_token(text[0][texts].to(device), config.encode_token_id)
+        return match_logits(model, ids, text[1][texts].to(device), image)[:, 1].float()
+
+    similarity = similarity.cpu()
+    to_text = _reranked(similarity, config.top_k, match, batch_size, progress, "image → text")
+    to_image = _reranked(
+        similarity.t(), config.top_k, lambda texts, images: match(images, texts), batch_size, progress, "text → image"
+    )
+    return RetrievalScore(
+        recall(to_text, relevant, ks), recall(to_image, relevant.t(), ks),
+        (recall(similarity, relevant, ks), recall(similarity.t(), relevant.t(), ks)),
+    )  # fmt: skip
+
+
+def _reranked(
+    similarity: Tensor, top_k: int, match: Callable[[Tensor, Tensor], Tensor], batch_size: int, progress: bool, name: str
+) -> Tensor:
+    """(Q, C): the ``top_k`` most similar candidates of each query by their matching score, before all others."""
+    top_k = min(top_k, similarity.shape[1])
+    if not top_k:
+        return similarity
+    best = similarity.topk(top_k, dim=1).indices
+    queries = torch.arange(len(best))[:, None].expand(-1, top_k).reshape(-1)
+    pairs = zip(queries.split(batch_size), best.reshape(-1).split(batch_size), strict=True)
+    found = [match(q, c).cpu() for q, c in _bar(pairs, len(queries) / batch_size, name, progress)]
+    matching = torch.cat(found).view(len(best), top_k)
+    # Similarities are cosines, so a score of at least 2 comes before all that were not re-ranked.
+    return similarity.scatter(1, best, matching - matching.amin(dim=1, keepdim=True) + 2)
+
+
+# --- data --------------------------------------------------------------------------------------------------------------------
+
+
+def image_transform(size: int, *, augment: bool = False) -> Callable[[Any], Tensor]:
+    """From a PIL image to (3, size, size), normalised as BLIP has it; ``augment``: a random crop and flip, for training."""
+    return _Transform(size, augment)
+
+
+class _Transform:
+    def __init__(self, size: int, augment: bool) -> None:
+        self.size, self.augment = size, augment
+
+    def __call__(self, image: Any) -> Tensor:
+        from torchvision.transforms import RandomResizedCrop
+        from torchvision.transforms.functional import InterpolationMode, hflip, normalize, resize, resized_crop, to_tensor
+
+        size = [self.size, self.size]
+        if self.augment:
+            crop = RandomResizedCrop.get_params(image, [0.5, 1.0], [3 / 4, 4 / 3])
+            image = resized_crop(image, *crop, size, InterpolationMode.BICUBIC)
+            image = hflip(image) if torch.rand(()) < 0.5 else image
+        else:
+            image = resize(image, size, InterpolationMode.BICUBIC)
+        return normalize(to_tensor(image), _MEAN, _STD)
+
+
+def tokenize(tokenizer: Any, captions: list[str], max_length: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, (B, L) int64, padded to the longest."""
+    text = tokenizer(captions, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    return text.input_ids, text.attention_mask
+
+
+def _chunks(order: list[int], size: int) -> list[list[int]]:
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+class _ImagesOnly:
+    def __init__(self, split: ImageTextSplit) -> None:
+        self.split = split
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.split.image(index)
+
+    def __len__(self) -> int:
+        return len(self.split.files)
+
+
+def _images(split: ImageTextSplit, batches: list[list[int]], workers: int) -> Iterator[Tensor]:
+    yield from DataLoader(_ImagesOnly(split), batch_sampler=batches, num_workers=workers)  # type: ignore[arg-type]
+
+
+def _collate(items: list[tuple[Tensor, str, int]]) -> tuple[Tensor, list[str], Tensor]:
+    images, captions, numbers = zip(*items, strict=True)
+    return torch.stack(images), list(captions), torch.tensor(numbers)
+
+
+def _bar(things: Any, total: float, name: str, progress: bool) -> Any:
+    return tqdm(things, desc=name, total=math.ceil(total), leave=False, disable=None if progress else True)
+
+
+# --- training ------------------------------------------------------------------------------------------------------------------
+
+
+def train(
+    model: nn.Module, tokenizer: Any, split: ImageTextSplit, config: RetrievalConfig, *, output: str | Path | None = None,
+    device: torch.device | str = "cpu", workers: int = 0, progress: bool = False,
+) -> list[tuple[float, float]]:  # fmt: skip
+    """Trains what requires a gradient; one process. Returns the mean contrastive and matching loss of every epoch.
+
+    Args:
+        model: after :func:`prepare`. split: every caption comes once an epoch; what does not fill a batch is left out.
+        output: of config.json, a checkpoint after each epoch (``step-*.ckpt``) and model.safetensors at the end. A run that was
+            killed goes on from its last whole epoch and ends with the same weights.
+
+    Raises:
+        ValueError: less data than a batch, or ``output`` belongs to another run. RuntimeError: the loss is not finite.
+    """
+    steps = len(split) // config.batch_size
+    if not steps:
+        raise ValueError(f"batch_size: expected at most the {len(split)} captions of the split, got {config.batch_size}")
+    folder = None if output is None else _claim(Path(output), config)
+    device = torch.device(device)
+    model.to(device)
+    tuned = tuned_parameters(model)
+    if not tuned:
+        raise ValueError("model: expected parameters that require a gradient, got none; call prepare first")
+    optimizer = torch.optim.AdamW(tuned.values(), lr=config.lr, weight_decay=config.weight_decay)
+    loss = RetrievalLoss(model, config.temperature, config.encode_token_id)
+    torch.manual_seed(config.seed)
+    history = _resume(folder, tuned, optimizer)
+    training = model.training
+    model.train()
+    for epoch in range(len(history), config.epochs):
+        batches = _chunks(epoch_order(len(split), config.seed, epoch).tolist(), config.batch_size)[:steps]
+        sums = torch.zeros(2, dtype=torch.float64)
+        # A generator of its own: workers' seeds must not depend on what was drawn before a resume.
+        loader = DataLoader(
+            split,  # type: ignore[arg-type]
+            batch_sampler=batches, num_workers=workers, collate_fn=_collate,
+            generator=torch.Generator().manual_seed(config.seed + epoch),
+        )  # fmt: skip
+        for step, (images, captions, numbers) in enumerate(_bar(loader, steps, f"epoch {epoch + 1}", progress)):
+            done = (epoch + step / steps) / config.epochs
+            for group in optimizer.param_groups:
+                group["lr"] = config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
+            ids, mask = tokenize(tokenizer, captions, config.max_length)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+                losses = loss(images.to(device), ids.to(device), mask.to(device), numbers.to(device))
+            total = losses.contrastive + losses.matching
+            if not torch.isfinite(total):
+                raise RuntimeError(f"the loss is {total.item()} in step {step} of epoch {epoch + 1}; a lower lr may help")
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            sums += torch.stack(losses).detach().double().cpu()
+        contrastive, matching = (sums / steps).tolist()
+        history.append((contrastive, matching))
+        if folder is not None:
+            state = {
+                "tuned": {name: p.detach().cpu() for name, p in tuned.items()}, "optimizer": optimizer.state_dict(),
+                "rng": checkpoint.remember_rng(), "history": history,
+            }  # fmt: skip
+            checkpoint.write(folder, epoch + 1, state, keep=2)
+    model.train(training)
+    if folder is not None:
+        save_tuned(model, folder / "model.safetensors", config)
+    return history
+
+
+def _claim(folder: Path, config: RetrievalConfig) -> Path:
+    """Refuses the folder of a run with other settings; writes config.json into a new one."""
+    path, text = folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1)
+    if path.is_file():
+        if json.loads(path.read_text()) != json.loads(text):
+            raise ValueError(f"output: {folder} holds a run with other settings; choose another")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_atomically(path, text.encode())
+    return folder
+
+
+def _resume(
+    folder: Path | None, tuned: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> list[tuple[float, float]]:  # fmt: skip
+    newest = None if folder is None else checkpoint.load_newest(folder)
+    if newest is None:
+        return []
+    path, state = newest
+    if state["tuned"].keys() != tuned.keys():
+        raise ValueError(f"output: {path} is of a model with other tuned parameters")
+    with torch.no_grad():
+        for name, parameter in tuned.items():
+            parameter.copy_(state["tuned"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    checkpoint.restore_rng(state["rng"])
+    return [tuple(losses) for losses in state["history"]]
+
+
+def _frozen_digest(model: nn.Module) -> str:
+    return _digest({name: p for name, p in model.named_parameters() if not p.requires_grad})
+
+
+def save_tuned(model: nn.Module, path: str | Path, config: RetrievalConfig) -> None:
+    """Writes the tuned parameters, the settings and a checksum of the frozen ones as a safetensors file."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in tuned_parameters(model).items()}
+    header = {"config": dataclasses.asdict(config), "frozen_sha256": _frozen_digest(model)}
+    checkpoint.write_atomically(Path(path), safetensors_bytes(tensors, metadata={"fpet_retrieval": json.dumps(header)}))
+
+
+def load_tuned(model: nn.Module, path: str | Path) -> RetrievalConfig:
+    """Prepares the bare ``model`` and gives it what :func:`save_tuned` wrote. Returns the settings.
+
+    Raises:
+        ValueError: another kind of file, or one tuned on other weights. FileNotFoundError: no file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path: expected a file written by save_tuned, got {path}, which is no file")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        header = json.loads(metadata["fpet_retrieval"])
+        config, frozen = RetrievalConfig(**header["config"]), header["frozen_sha256"]
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"path: expected a file written by save_tuned, got {path}: {error}") from error
+    prepare(model, config)
+    tuned = tuned_parameters(model)
+    if tuned.keys() != tensors.keys() or any(tuned[name].shape != tensor.shape for name, tensor in tensors.items()):
+        raise ValueError(f"model: {path} was tuned on a model with other layers or widths")
+    if _frozen_digest(model) != frozen:
+        raise ValueError(f"model: {path} was tuned on other frozen weights")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tuned[name].copy_(tensor)
+    return config
+
+
+# --- the command -----------------------------------------------------------------------------------------------------------------
+
+
+def tiny_blip(width: int = 64, depth: int = 4, image_size: int = 32, patch_size: int = 4, vocabulary: int = 64) -> Any:
+    """A BlipForImageTextRetrieval with random weights that a CPU can train."""
+    from transformers import BlipConfig, BlipForImageTextRetrieval
+
+    both = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": depth, "num_attention_heads": 4}
+    text = {
+        "vocab_size": vocabulary, "encoder_hidden_size": width, "max_position_embeddings": 64, "pad_token_id": 0,
+        "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3,
+    }  # fmt: skip
+    vision = {"image_size": image_size, "patch_size": patch_size}
+    return BlipForImageTextRetrieval(
+        BlipConfig(vision_config={**both, **vision}, text_config={**both, **text}, image_text_hidden_size=width)
+    )
+
+
+def word_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> Any:
+    """A BertTokenizer of whole words; writes its vocabulary into ``folder``."""
+    from transformers import BertTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words)) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    return BertTokenizer.from_pretrained(folder)
+
+
+def demo(folder: Path, *, seed: int = 0, progress: bool = True, say: Callable[[str], None] = print) -> dict[str, RetrievalScore]:
+    """Draws pairs, trains a tiny BLIP on some, then tunes it to others, darker ones, with and without merging.
+
+    Returns:
+        What the test pairs give: "before", "unmerged", "merged".
+    """
+    start = time.perf_counter()
+    torch.manual_seed(seed)
+    tokenizer = word_tokenizer(folder / "tokenizer")
+    write_folder(folder / "first", {"train": 1500}, seed=1)
+    write_folder(folder / "then", {"train": 600, "test": 100}, seed=2, background=0.45)
+    transform = image_transform(32)
+    first, train_split, test = (
+        load_split(folder / name, part, transform) for name, part in (("first", "train"), ("then", "train"), ("then", "test"))
+    )
+    model = tiny_blip(vocabulary=tokenizer.vocab_size)
+    say(f"{len(test.files)} test images, {len(test)} captions; guessing finds R@1 {100 / len(test.files):.1f} % of the images")
+    every = RetrievalConfig(merge=False, epochs=6, batch_size=50, lr=2e-3, weight_decay=0.01, seed=seed, top_k=16)
+    train(model, tokenizer, first, every, progress=progress)
+    scores = {"before": evaluate(model, tokenizer, test, every, progress=progress)}
+    say(f"\nbefore tuning, {time.perf_counter() - start:.0f} s\n{scores['before'].table()}")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for name, merge in (("unmerged", False), ("merged", True)):
+        config = RetrievalConfig(
+            merge=merge, adapter_dim=32, epochs=4, batch_size=50, lr=2e-3, weight_decay=0.01, seed=seed, top_k=16
+        )
+        torch.manual_seed(seed)
+        tuned = tiny_blip(vocabulary=tokenizer.vocab_size)
+        tuned.load_state_dict(state)
+        prepare(tuned, config)
+        train(tuned, tokenizer, train_split, config, output=folder / name, progress=progress)
+        scores[name] = evaluate(tuned, tokenizer, test, config, progress=progress)
+        count = sum(p.numel() for p in tuned_parameters(tuned).values())
+        say(f"\ntuned, {name}: {count:,} parameters, {time.perf_counter() - start:.0f} s\n{scores[name].table()}")
+    return scores

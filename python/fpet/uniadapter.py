@@ -1,0 +1,147 @@
+"""UniAdapter (Lu et al., ICLR 2024, arXiv 2302.06605) in BLIP: one bottleneck per layer for image, text and their crossing.
+
+The adapter of layer i serves vision layer i and text layer i. They share its way down; each has a way up of its own, and the
+crossing adds that of the text to its own::
+
+    h = dropout(ReLU(down(norm(x))))
+    vision: s · up_vision(h)      text: s · up_text(h)      cross: s · norm_cross(up_cross(h) + up_text(h))
+
+In a vision layer it runs beside the MLP, on the un-normed tokens, after merging. In a text layer the attention's output x
+gives ``layer(x) + text(x)``; with an image, the cross-attention's output c gives ``layer(c) + text(x) + cross(c)``: the
+query keeps a path of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapters.modules import PETModule
+from .huggingface import convert, modeling_blip, modeling_blip_text, restore, vision_layers
+
+__all__ = ["UniAdapter", "add_uniadapters", "remove_uniadapters"]
+
+
+class UniAdapter(PETModule):
+    """What one vision layer and one text layer share.
+
+    Initialised as published: ``down`` Kaiming-uniform, ``up_text`` and every bias that is listed there zero, ``up_vision`` and
+    ``up_cross`` as PyTorch initialises a linear layer.
+
+    Args:
+        dim: D, of both encoders. hidden_dim: of the bottleneck. scale: s. dropout: probability on the hidden units.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int = 512, *, scale: float = 0.1, dropout: float = 0.0) -> None:
+        super().__init__()
+        if hidden_dim < 1:
+            raise ValueError(f"hidden_dim: expected at least 1, got {hidden_dim}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+        self.hidden_dim, self.scale, self.dropout = hidden_dim, float(scale), float(dropout)
+        self.norm, self.norm_cross = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.down = nn.Linear(dim, hidden_dim)
+        self.up_vision, self.up_text, self.up_cross = (nn.Linear(hidden_dim, dim) for _ in range(3))
+        for zero in (self.down.bias, self.up_text.weight, self.up_text.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, x: Tensor, modality: str) -> Tensor:
+        """(…, D) → (…, D), for ``modality`` "vision", "text" or "cross"."""
+        hidden = F.dropout(F.relu(self.down(self.norm(x))), self.dropout, self.training)
+        if modality == "vision":
+            up = self.up_vision(hidden)
+        elif modality == "text":
+            up = self.up_text(hidden)
+        elif modality == "cross":
+            up = self.norm_cross(self.up_cross(hidden) + self.up_text(hidden))
+        else:
+            raise ValueError(f"modality: expected 'vision', 'text' or 'cross', got {modality!r}")
+        return up * self.scale
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, dropout={self.dropout}"
+
+
+class _QueryKeeper(modeling_blip_text.BlipTextAttention):
+    """Cross-attention that hands on its input beside its output, (B, L, 2D): the adapter needs both."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out, *rest = super().forward(hidden_states, *args, **kwargs)
+        return (torch.cat((out, hidden_states), dim=-1), *rest)
+
+
+class _AdaptedTextLayer(modeling_blip_text.BlipTextLayer):
+    """BLIP's text layer with a UniAdapter, held by reference, beside its feed-forward."""
+
+    uniadapter: tuple[UniAdapter]
+
+    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+        (adapter,) = self.uniadapter
+        width = self.output.dense.out_features
+        if attention_output.shape[-1] == width:  # no image
+            return super().feed_forward_chunk(attention_output) + adapter(attention_output, "text")
+        crossed, query = attention_output.split(width, dim=-1)
+        return super().feed_forward_chunk(crossed) + adapter(query, "text") + adapter(crossed, "cross")
+
+
+def add_uniadapters(
+    model: nn.Module, hidden_dim: int = 512, *, scale: float = 0.1, dropout: float = 0.0
+) -> nn.Module:  # fmt: skip
+    """Gives every layer of a BlipForImageTextRetrieval its UniAdapter: ``model.uniadapters``. Returns ``model``.
+
+    It merges or doesn't as before; classes of its layers are swapped, on this model alone. :func:`fpet.freeze` leaves the
+    adapters trainable.
+
+    Raises:
+        TypeError: another model. ValueError: its encoders differ in width or depth, so that nothing can be shared; or it has
+            adapters. Nothing is changed then.
+    """
+    vision, text = _encoders(model)
+    if getattr(model, "uniadapters", None) is not None:
+        raise ValueError("model: it has UniAdapters; call remove_uniadapters first")
+    images, texts = vision_layers(vision), list(text.encoder.layer)
+    widths, depths = (vision.config.hidden_size, text.config.hidden_size), (len(images), len(texts))
+    if widths[0] != widths[1] or depths[0] != depths[1]:
+        raise ValueError(
+            f"model: expected a vision and a text encoder of one width and depth, which share their adapters, got widths "
+            f"{widths[0]} and {widths[1]}, depths {depths[0]} and {depths[1]}"
+        )
+    adapters = []
+    for layer in texts:
+        like = layer.output.dense.weight
+        adapter = UniAdapter(widths[0], hidden_dim, scale=scale, dropout=dropout).to(like.device)
+        adapters.append((adapter.to(like.dtype) if like.dtype.is_floating_point else adapter).train(layer.training))
+    convert(vision)
+    for image_layer, text_layer, adapter in zip(images, texts, adapters, strict=True):
+        image_layer.adapter = (adapter, "vision")
+        text_layer.uniadapter = (adapter,)
+        text_layer.__class__ = _AdaptedTextLayer
+        if hasattr(text_layer, "crossattention"):
+            text_layer.crossattention.__class__ = _QueryKeeper
+    model.uniadapters = nn.ModuleList(adapters)
+    return model
+
+
+def remove_uniadapters(model: nn.Module) -> nn.Module:
+    """Undoes :func:`add_uniadapters`; a model that merges goes on merging. Returns ``model``."""
+    vision, text = _encoders(model)
+    if getattr(model, "uniadapters", None) is None:
+        return model
+    del model.uniadapters
+    for image_layer, text_layer in zip(vision_layers(vision), text.encoder.layer, strict=True):
+        del image_layer.adapter
+        del text_layer.uniadapter
+        text_layer.__class__ = modeling_blip_text.BlipTextLayer
+        if hasattr(text_layer, "crossattention"):
+            text_layer.crossattention.__class__ = modeling_blip_text.BlipTextAttention
+    restore(vision)
+    return model
+
+
+def _encoders(model: Any) -> tuple[Any, Any]:
+    if not isinstance(model, modeling_blip.BlipForImageTextRetrieval):
+        raise TypeError(f"model: expected a BlipForImageTextRetrieval, got {type(model).__name__}")
+    return model.vision_model, model.text_encoder
