@@ -84,22 +84,10 @@ class Captured(Exception):
 @pytest.fixture
 def no_gpu():
     """Torch reads a kernel's code to find what it writes, for the GPU that is there; here for one that is not."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
+    from fpet_kernels.triton.report import absent_gpu
 
-    from fpet_kernels.triton import configs
-
-    class Driver:
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-        get_current_device = staticmethod(lambda: 0)
-
-    before = driver._active
-    driver.set_active(Driver())
-    try:
-        with configs.pretend("sm90"):
-            yield
-    finally:
-        driver._active = before
+    with absent_gpu("sm90"):
+        yield
 
 
 SHORT_LAUNCHES = ["merge_short", "prepare_backward", "backward_short", "refined_gradient", "weight_partials", "reduce_partials"]
@@ -118,7 +106,7 @@ def test_inductor_sees_the_kernels(grid, launches, dynamic, no_gpu):
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-    from fpet_kernels.triton import ops as _  # noqa: F401  (registers the operators)
+    import fpet_kernels.triton.ops  # noqa: F401  (registers the operators)
 
     found = []
 

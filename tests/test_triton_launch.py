@@ -46,22 +46,16 @@ class FakeKernel:
 @pytest.fixture
 def compiled(monkeypatch):
     """The kernels that Triton would have compiled, in a list that grows."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver, jit
+    from triton.runtime import jit
 
-    from fpet_kernels.triton import configs, long, ops, short
-
-    class Driver:
-        utils = SimpleNamespace()
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-        get_current_device = staticmethod(lambda: 0)
-        get_current_stream = staticmethod(lambda _device: 1234)
+    from fpet_kernels.triton import long, ops, short
+    from fpet_kernels.triton.report import absent_gpu
 
     found: list[FakeKernel] = []
 
     def compile_nothing(self, key, *_):
         found.append(FakeKernel(self.fn.__name__))
-        self.device_caches[0][0][key] = found[-1]
+        self.device_caches["sm90"][0][key] = found[-1]
         return found[-1]
 
     for module in (long, short):
@@ -70,13 +64,8 @@ def compiled(monkeypatch):
                 monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     monkeypatch.setattr(jit.JITFunction, "_do_compile", compile_nothing)
     monkeypatch.setattr(ops, "_PROBLEMS", {})
-    before = driver._active if hasattr(driver, "_active") else None
-    driver.set_active(Driver())
-    try:
-        with configs.pretend("sm90"):
-            yield found
-    finally:
-        driver._active = before
+    with absent_gpu("sm90"):
+        yield found
 
 
 def run(
@@ -134,7 +123,7 @@ def test_the_short_cut_makes_the_call_that_triton_makes(case, compiled, monkeypa
     assert ops._SHORTCUT and len(calls) >= 4
     for made, tensors in calls:
         kernel = FakeKernel(made.kernel.fn.__name__)
-        direct = ops._Launch(made.kernel, (made.grid, made.numbers, made.meta), False, 0)
+        direct = ops._Launch(made.kernel, (made.grid, made.numbers, made.meta), False, "sm90")
         direct.compiled = kernel
         direct(*tensors)
         own = next(k for k in compiled if k.name == kernel.name).runs[-1]

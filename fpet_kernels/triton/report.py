@@ -3,25 +3,27 @@
     python -m fpet_kernels.triton.report                      # the representative shapes, every architecture of the tables
     python -m fpet_kernels.triton.report --target sm90 --case "ViT-B/16 bf16" --json
 
-The launches are recorded from the launchers themselves, on tensors without storage, and compiled with the arguments'
-specialisations (a 1, a multiple of 16) that Triton would find. Must not run under TRITON_INTERPRET=1.
+The launches are recorded from the launchers themselves, on tensors without storage, and compiled by Triton as it would before
+it made them. Must not run under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["CASES", "TARGETS", "Case", "Row", "compile_case", "main"]
+__all__ = ["CASES", "TARGETS", "Case", "Row", "absent_gpu", "compile_case", "main", "usage"]
 
 TARGETS = {"sm80": ("cuda", 80, 32), "sm90": ("cuda", 90, 32), "sm100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
 
@@ -70,9 +72,9 @@ class Row:
     stages: int
 
 
-def _record(case: Case, target: str, backward: bool = True) -> list[tuple[Any, tuple, dict[str, Any]]]:
+def _record(case: Case) -> list[tuple[Any, tuple, dict[str, Any]]]:
     """The launches of one forward and backward."""
-    from . import configs, ops
+    from . import ops
 
     def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -92,48 +94,55 @@ def _record(case: Case, target: str, backward: bool = True) -> list[tuple[Any, t
     merged_size = meta(case.batch, case.prefix + num_b, 1, dtype=wide)
     index, mid = meta(case.batch, num_a, dtype=torch.int64), meta(case.batch, num_a, dtype=wide)
     problem = (None, None, *case.grid, case.prefix, 1.0, True)
-    with configs.pretend(target), ops.recording() as launches:
+    with ops.recording() as launches:
         ops._launch_forward(x, key, size, down, up, None, None, *problem)
-        if backward:
-            ops._launch_backward(
-                tokens, merged_size, x, key, size, down, up, None, None, tokens, merged_size, index, index, mid, *problem,
-                True, case.sized, bool(case.hidden), not case.hidden, False,
-            )  # fmt: skip
+        ops._launch_backward(
+            tokens, merged_size, x, key, size, down, up, None, None, tokens, merged_size, index, index, mid, *problem,
+            True, case.sized, bool(case.hidden), not case.hidden, False,
+        )  # fmt: skip
     return launches
 
 
-_TYPES = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64",
-    torch.int32: "*i32", torch.uint8: "*u8",
-}  # fmt: skip
+class _AbsentGPU:
+    """What Triton asks of a driver to compile for a GPU; it launches nothing."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(*TARGETS[self.name])
+
+    def get_current_device(self) -> str:
+        return self.name  # under which Triton keeps what it compiled
+
+    def get_current_stream(self, _device: str) -> int:
+        return 0
 
 
-def _compile(kernel: Any, args: tuple, meta: dict[str, Any], target: str) -> Any:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+@contextlib.contextmanager
+def absent_gpu(name: str) -> Iterator[None]:
+    """Triton takes a GPU of ``TARGETS`` for the one at hand, and so do the tables of configurations: to compile, not to run."""
+    from triton.runtime import driver
 
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list] = {}
-    values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in meta.items() if k in kernel.arg_names}
-    for at, name in enumerate(kernel.arg_names):
-        value = values[name]
-        if isinstance(value, torch.Tensor):
-            signature[name] = _TYPES[value.dtype]
-            attributes[at,] = [["tt.divisibility", 16]]
-        elif name in meta or (type(value) is int and value == 1 and not kernel.params[at].do_not_specialize):
-            signature[name] = "constexpr"
-            constants[at,] = value
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not kernel.params[at].do_not_specialize:
-                attributes[at,] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32"
-    options = {name: meta[name] for name in ("num_warps", "num_stages") if name in meta}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    from . import configs
+
+    before = driver._active
+    driver.set_active(_AbsentGPU(name))
+    try:
+        with configs.pretend(name):
+            yield
+    finally:
+        driver._active = before
+
+
+def usage(kernel: Any, args: tuple, meta: dict[str, Any], case: str, target: str) -> Row:
+    """Compiles one recorded launch as Triton would before making it (its cache is filled), inside :func:`absent_gpu`."""
+    compiled = kernel.run(*args, grid=(1, 1, 1), warmup=True, **meta)
+    found = _nvidia_usage(compiled.asm["cubin"]) if target.startswith("sm") else _amd_usage(compiled.asm["amdgcn"])
+    metadata = compiled.metadata
+    return Row(case, target, kernel.fn.__name__, *found, metadata.shared, metadata.num_warps, metadata.num_stages)
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int | None, int | None]:
@@ -162,16 +171,9 @@ def _amd_usage(assembly: str) -> tuple[int | None, int | None]:
 
 def compile_case(case: Case, target: str, kernels: tuple[str, ...] = ()) -> list[Row]:
     """Compiles the launches of one case for one target; ``kernels`` keeps only those of that name."""
-    rows = []
-    for kernel, args, meta in _record(case, target):
-        name = kernel.fn.__name__
-        if kernels and name not in kernels:
-            continue
-        compiled = _compile(kernel, args, meta, target)
-        usage = _nvidia_usage(compiled.asm["cubin"]) if target.startswith("sm") else _amd_usage(compiled.asm["amdgcn"])
-        warps, stages = compiled.metadata.num_warps, compiled.metadata.num_stages
-        rows.append(Row(case.name, target, name, *usage, compiled.metadata.shared, warps, stages))
-    return rows
+    with absent_gpu(target):
+        launches = [launch for launch in _record(case) if not kernels or launch[0].fn.__name__ in kernels]
+        return [usage(*launch, case.name, target) for launch in launches]
 
 
 def main(argv: list[str] | None = None) -> int:
