@@ -12,7 +12,8 @@ loss, backward, AdamW. Attention is PyTorch's scaled_dot_product_attention on ev
 weights in it for inference, autocast for training.
 
 Everything takes turns in one run (timing.py), eager and compiled alike. A ratio is the median over rounds of the quotient of
-two times of one round, always to timm in the same execution: eager to eager, compiled to compiled. FLOPs are what torch's
+two times of one round, always to timm in the same execution: eager to eager, compiled to compiled. On a CPU the processor time
+of the process is noted beside: on a shared machine its ratio says more. FLOPs are what torch's
 counter counts (a multiply-add is two). Extra memory is the most held at a time beyond weights and images. Merging is timed by
 itself on the tokens and keys of that block, refinement and in training its backward included; its share is that time over
 the model's.
@@ -329,6 +330,7 @@ class Bench:
         self.failures: list[str] = []
         self.left_out: list[str] = []
         self._images: tuple[int, Tensor] | None = None
+        self._processor: dict[str, list[float]] = {}
 
     def images(self, size: int, batch: int) -> Tensor:
         """(batch, 3, size, size) float32: crops of a photograph; large batches repeat them."""
@@ -337,6 +339,27 @@ class Bench:
             self._images = (size, cases.crops(cases.photograph(), count, size))
         crops = self._images[1]
         return crops.repeat(-(-batch // crops.shape[0]), 1, 1, 1)[:batch]
+
+    def clocked(self, name: str, call: Callable[[], object]) -> Callable[[], object]:
+        """``call``, which on a CPU also notes the processor time that it takes."""
+        if self.device.type != "cpu":
+            return call
+        taken = self._processor.setdefault(name, [])
+
+        def clocked() -> None:
+            start = time.process_time()
+            call()
+            taken.append(time.process_time() - start)
+
+        return clocked
+
+    def processor(self, name: str, sample: timing.Samples | None) -> timing.Samples | None:
+        """The same rounds as ``sample``'s, in processor time; None where there is none."""
+        if sample is None or name not in self._processor:
+            return None
+        calls, rounds = sample.calls, len(sample.seconds)
+        taken = self._processor[name][-calls * rounds :]  # calls before the first round are not among them
+        return timing.Samples(calls, [sum(taken[i * calls : (i + 1) * calls]) / calls for i in range(rounds)])
 
     def run(self, setting: Setting) -> list[Row]:
         """All implementations of one setting: gate, FLOPs, warm-up, memory, time."""
@@ -353,6 +376,7 @@ class Bench:
         base = seeded(spec, setting, self.device)
         facts: dict[tuple[str, str], Row] = {}
         calls: dict[str, Callable[[], object]] = {}
+        self._processor = {}
         for name in self.options.implementations or DEFAULT_IMPLEMENTATIONS[setting.mode]:
             self.bar.set_description(f"{setting}: gate of {name}")
             model = implementation(name, base, layer)
@@ -380,7 +404,7 @@ class Bench:
                     merging, tokens = merging_call(model, layer, images, setting, compiled)
                     merging()
                     calls[f"merging, {name}, {execution}"] = merging
-                calls[f"{name}, {execution}"] = call
+                calls[f"{name}, {execution}"] = self.clocked(f"{name}, {execution}", call)
                 facts[name, execution] = {
                     "gflops_per_image": count / 1e9, "trained_parameters": trained, "tokens": tokens,
                     "peak_extra_mb": None if peak is None else peak / 1e6,
@@ -401,6 +425,7 @@ class Bench:
         for (name, execution), fact in facts.items():
             sample = samples[f"{name}, {execution}"]
             merging = samples.get(f"merging, {name}, {execution}")
+            processor = self.processor(f"{name}, {execution}", sample)
             timm_facts, timm_sample = facts.get((TIMM, execution)), samples.get(f"{TIMM}, {execution}")
 
             def times_timm(what: str, fact: Row = fact, timm_facts: Row | None = timm_facts) -> float | None:
@@ -418,6 +443,8 @@ class Bench:
                 "ms_per_image_p10": sample.quantile(0.1) * per_image, "ms_per_image_p90": sample.quantile(0.9) * per_image,
                 "rounds": len(sample.seconds), "calls_per_round": sample.calls,
                 "time_ratio": quotient(sample, timm_sample),
+                "processor_ms_per_image": processor.median * per_image if processor else None,
+                "processor_time_ratio": quotient(processor, self.processor(f"{TIMM}, {execution}", timm_sample)),
                 "time_ratio_of_minima": min(sample.seconds) / min(timm_sample.seconds) if timm_sample else None,
                 "gflops_per_image": fact["gflops_per_image"], "flop_ratio": times_timm("gflops_per_image"),
                 "peak_extra_mb": fact["peak_extra_mb"], "memory_ratio": times_timm("peak_extra_mb"),
@@ -428,9 +455,9 @@ class Bench:
         return out
 
 
-def quotient(one: timing.Samples, other: timing.Samples | None) -> float | None:
+def quotient(one: timing.Samples | None, other: timing.Samples | None) -> float | None:
     """Median over rounds of the quotient of the two times in that round: what slows a whole round down cancels out."""
-    if other is None:
+    if one is None or other is None:
         return None
     return statistics.median(a / b for a, b in zip(one.seconds, other.seconds, strict=True))
 
@@ -438,7 +465,7 @@ def quotient(one: timing.Samples, other: timing.Samples | None) -> float | None:
 # --- tables --------------------------------------------------------------------------------------------------------------
 
 
-HEADINGS = ("ms/image", "× timm", "GFLOP", "× timm", "extra MB", "× timm", "merging")
+HEADINGS = ("ms/image", "× timm", "CPU ms", "× timm", "GFLOP", "× timm", "extra MB", "× timm", "merging")
 LABELS = {TIMM: "timm, unpatched", FPET: "fpet, bdm_merge", TOME: "ToMe's matching"}
 
 
@@ -473,6 +500,7 @@ def table(group: list[Row]) -> str:
         share = r["merging_share"]
         cells = (
             number(r["ms_per_image"], ".3g" if r["ms_per_image"] < 100 else ".0f"), number(r["time_ratio"], ".3f"),
+            number(r.get("processor_ms_per_image"), ".3g"), number(r.get("processor_time_ratio"), ".3f"),
             number(r["gflops_per_image"], ".1f"), number(r["flop_ratio"], ".3f"), number(r["peak_extra_mb"], ".0f"),
             number(r["memory_ratio"], ".2f"), "–" if share is None else f"{100 * share:.2f} %",
         )  # fmt: skip

@@ -168,6 +168,14 @@ def test_ratios_are_paired_by_round():
     assert bench.quotient(slow_round[0], None) is None
 
 
+def test_processor_time_is_that_of_the_same_rounds():
+    runner = bench.Bench(SimpleNamespace(device=CPU, batch=[1]), None)
+    runner._processor = {"a": [100.0, 100.0, 1.0, 3.0, 5.0, 7.0]}
+    found = runner.processor("a", timing.Samples(2, [0.1, 0.2]))
+    assert found.calls == 2 and found.seconds == [2.0, 6.0]
+    assert runner.processor("b", timing.Samples(1, [0.1])) is None and runner.processor("a", None) is None
+
+
 # --- the gate ------------------------------------------------------------------------------------------------------------
 
 
@@ -242,13 +250,14 @@ def test_rows_hold_figures_and_where_they_are_from(measured):
         assert row["ms_per_image"] > 0 and row["rounds"] >= timing.MIN_ROUNDS
         assert row["ms_per_image_min"] <= row["ms_per_image_p10"] <= row["ms_per_image"] <= row["ms_per_image_p90"]
         assert (row["tokens"], row["tokens_left"]) == (101, 51 if merges else None)
-        assert row["time_ratio"] > 0
+        assert row["time_ratio"] > 0 and row["processor_time_ratio"] > 0 and row["processor_ms_per_image"] > 0
         assert row["flop_ratio"] == (pytest.approx(0.8, abs=0.05) if merges else 1)
         assert (row["merging_share"] is None) == (not merges)
         if merges:
             assert 0 < row["merging_share"] < 1 and row["merging_ms_per_image"] < row["ms_per_image"]
         assert {"commit", "dirty", "command", "cpu", "threads", "torch", "timm", "date"} <= row.keys()
         assert row["note"] == "a test"
+    assert all(r["processor_time_ratio"] == 1 for r in rows if r["implementation"] == bench.TIMM)
     for mode in bench.MODES:
         timm_row = next(r for r in rows if r["mode"] == mode)
         assert timm_row["time_ratio"] == timm_row["flop_ratio"] == 1
