@@ -13,19 +13,21 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.models._manipulate import checkpoint
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from fpet_kernels import KeyRefinement as RefinementWeights
 from fpet_kernels import Merged, alternating, bdm_merge
 
 from . import patch
-from .block import key_channels
+from .attention import FPETAttention
+from .block import FPETBlock, key_channels
+from .ltmp import LTMPAttention, Thresholds, flops_ratio, target_ratio
 from .merging import SizeBias
 from .models import FPETVisionTransformer, _Encoded
 from .refinement import KeyRefinement
 
-__all__ = ["COMPARATORS", "Reducer", "apply", "remove"]
+__all__ = ["COMPARATORS", "Reducer", "apply", "flops_target", "remove"]
 
 
 class Reducer:
@@ -38,7 +40,8 @@ class Reducer:
     proportional = True
 
     def __call__(self, tokens: _Tokens, key: Tensor, refinement: Any) -> Merged:
-        """``key`` (B, heads, N, C). Returns tokens (B, M, D), size (B, M, 1), and match (B, N): where each token went."""
+        """``key`` (B, heads, N, C). Returns tokens (B, M, D), size (B, M, 1), and match (B, N): where each token went, −1 for
+        one that was thrown away."""
         raise NotImplementedError
 
 
@@ -130,6 +133,16 @@ class ToMe(Reducer):
         return Merged(_sum_into(x * size.to(x.dtype), match, n - r) / new_size.to(x.dtype), new_size, match)
 
 
+class LTMP(Reducer):
+    """Learned thresholds on merging and pruning: see :mod:`fpet.ltmp`. Its sizes are (B, N, 2): size, and present or not."""
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        self.thresholds = thresholds
+
+    def __call__(self, tokens: _Tokens, key: Any, refinement: Any) -> Merged:
+        return self.thresholds(tokens.x, tokens.size, *key, tokens.prefix)
+
+
 def _sum_into(values: Tensor, match: Tensor, count: int) -> Tensor:
     """(B, count, …): the sum of the values (B, N, …) that went to each place."""
     index = match[:, :, None].expand_as(values)
@@ -146,25 +159,44 @@ class ReducedVisionTransformer(FPETVisionTransformer):
         if attn_mask is not None or is_causal:
             raise ValueError("attn_mask, is_causal: comparators take none")
         x, grid = self._embed(images)[:2]
-        prefix = x.shape[1] - grid[0] * grid[1]
-        size, source, weigh = x.new_ones(x.shape[0], x.shape[1], 1, dtype=torch.float32), None, False
-        intermediates = []
+        n, prefix, learned = x.shape[1], x.shape[1] - grid[0] * grid[1], self.fpet_target is not None
+        size, source, weigh = x.new_ones(x.shape[0], n, 1 + learned, dtype=torch.float32), None, False
+        intermediates, shares = [], [size[:, :, -1].mean(1)]
         for i, block in enumerate(list(self.blocks)[:depth]):
             reducer = self.fpet_reducers.get(i)
 
             def run(x: Tensor, size: Tensor, block: Any = block, reducer: Any = reducer, weigh: bool = weigh, first: bool = source is None) -> Any:  # fmt: skip  # noqa: E501
                 step = None if reducer is None else _Step(reducer, size, prefix, grid if first else None)
-                return block(x, sizes=SizeBias(size.squeeze(-1).log()) if weigh else None, merge=step)
+                sizes: Any = size[:, :, 0] if learned else SizeBias(size.squeeze(-1).log()) if weigh else None
+                return block(x, sizes=sizes, merge=step)
 
             out = checkpoint(run, x, size) if self.grad_checkpointing else run(x, size)
             if reducer is None:
                 x = out
             else:
                 x, size, match = out
-                source, weigh = match if source is None else match.gather(1, source), reducer.proportional
+                source, weigh = match if source is None else _follow(source, match), reducer.proportional
+                shares.append(size[:, :, -1].sum(1) / n)
             if i in take:
                 intermediates.append(_restore(self.norm(x) if normed else x, source))
-        return _Traced(x, None if source is None else size, (), [] if source is None else [source], prefix, intermediates)
+        sources = [] if source is None else [source]
+        traced = _Traced(x, None if source is None else size[:, :, :1], (), sources, prefix, intermediates)
+        if learned:
+            traced.flops = flops_ratio(shares, n, x.shape[-1])
+        return traced
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, with_flops: bool = False) -> Any:
+        """timm's; with ``with_flops``, for LTMP, the scores and :func:`fpet.ltmp.flops_ratio` with gradient."""
+        if with_flops and self.fpet_target is None:
+            raise ValueError("with_flops: expected LTMP, got another comparator")
+        encoded: Any = self._encode(x, attn_mask, is_causal)
+        scores = self._classify(encoded)
+        return (scores, encoded.flops) if with_flops else scores
+
+
+def _follow(source: Tensor, match: Tensor) -> Tensor:
+    """Where the original tokens are after one more step; −1 for those that were thrown away."""
+    return torch.where(source < 0, -1, match.gather(1, source.clamp(min=0)))
 
 
 class _Step(NamedTuple):
@@ -180,27 +212,39 @@ class _Step(NamedTuple):
 
 
 def _restore(x: Tensor, source: Tensor | None) -> Tensor:
-    return x if source is None else x.gather(1, source[:, :, None].expand(-1, -1, x.shape[-1]))
+    """Every original position's token; zeros where it was thrown away, so that its index comes out as 0."""
+    if source is None:
+        return x
+    found = x.gather(1, source.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[-1]))
+    return found.masked_fill((source < 0)[:, :, None], 0)
 
 
 class _Traced(_Encoded):
-    """Its only match says for every original token where it went."""
+    """Its only match says for every original token where it went. flops: of LTMP."""
+
+    flops: Tensor
 
     def unmerge(self, x: Tensor) -> Tensor:
         return _restore(x, self.matches[0] if self.matches else None)
 
 
-COMPARATORS = ("none", "bsm", "bsm-checkerboard", "fpet-no-stop", "avg-pool", "max-pool", "tome")
+COMPARATORS = ("none", "bsm", "bsm-checkerboard", "fpet-no-stop", "avg-pool", "max-pool", "tome", "ltmp")
+"""Tables 3 and A3 of the paper, FPET itself left out."""
 
 
 def apply(
-    model: nn.Module, name: str, layer: int | None = None, *, r: int = 8, refinement: dict[str, Any] | None = None
-) -> nn.Module:
+    model: nn.Module, name: str, layer: int | None = None, *, r: int = 8, refinement: dict[str, Any] | None = None,
+    target: float | None = None,
+) -> nn.Module:  # fmt: skip
     """Makes a timm VisionTransformer reduce its tokens the way ``name`` says, in place; its parameters stay as they are.
 
     Args:
         name: one of COMPARATORS. layer: the block that reduces, for those at one layer; None: the middle one.
         r: of ToMe. refinement: arguments of fpet.KeyRefinement, for "fpet-no-stop".
+        target: part of the blocks' FLOPs that LTMP learns to spend; None: as much as FPET spends that merges in ``layer``.
+
+    LTMP's thresholds are modules ``thresholds`` in the blocks; those that are there stay. Add adapters before it. Its penalty
+    has to be added to the loss: see :func:`flops_target`.
 
     Raises:
         ValueError: no such name or block. TypeError: not a VisionTransformer, or one that can't be merged.
@@ -216,6 +260,13 @@ def apply(
         raise ValueError(f"layer: expected a block index in range({depth}), got {layer}")
     if name == "tome" and r < 1:
         raise ValueError(f"r: expected at least 1, got {r}")
+    if target is not None and not 0 < target <= 1:
+        raise ValueError(f"target: expected a part of the FLOPs in (0, 1], got {target}")
+    if name == "ltmp" and (
+        inner.global_pool in ("max", "avgmax") or any(type(b) not in (Block, FPETBlock) for b in inner.blocks)
+    ):
+        raise TypeError("model: LTMP takes timm's ordinary blocks, and pooling by class token, average or attention")
+    kept = [getattr(block, "thresholds", None) for block in inner.blocks]
     if isinstance(inner, ReducedVisionTransformer):
         remove(model)
     choices: dict[str, Callable[[], dict[int, Reducer]]] = {
@@ -226,9 +277,18 @@ def apply(
         "avg-pool": lambda: {layer: Pooling(maximum=False)},
         "max-pool": lambda: {layer: Pooling(maximum=True)},
         "tome": lambda: {i: ToMe(r) for i in range(depth)},
+        "ltmp": lambda: {i: LTMP(block.thresholds) for i, block in enumerate(inner.blocks)},
     }
     patch.apply(model, None, refinement=False)
     inner.__class__ = ReducedVisionTransformer
+    inner.fpet_target = None
+    if name == "ltmp":
+        n, prefix = inner.patch_embed.num_patches + inner.num_prefix_tokens, inner.num_prefix_tokens
+        inner.fpet_target = target_ratio(depth, layer, n, prefix, inner.embed_dim) if target is None else target
+        for block, old in zip(inner.blocks, kept, strict=True):
+            block.thresholds = Thresholds().to(next(block.parameters()).device) if old is None else old
+            block.thresholds.train(block.training)
+            block.attn.__class__ = LTMPAttention
     inner.fpet_reducers = choices[name]()
     if name == "fpet-no-stop":
         block = inner.blocks[layer]
@@ -238,11 +298,23 @@ def apply(
     return model
 
 
+def flops_target(model: nn.Module) -> float | None:
+    """What LTMP's FLOPs ratio r is to become, None for the other comparators.
+
+    Its loss is ``cross-entropy + fpet.ltmp.PENALTY · (r − target)²``, with ``scores, r = model(images, with_flops=True)``.
+    """
+    return next((getattr(module, "fpet_target", None) for module in model.modules() if hasattr(module, "fpet_target")), None)
+
+
 def remove(model: nn.Module) -> nn.Module:
     """Undoes :func:`apply`; adapters stay. Does nothing to a model without a comparator. Returns model."""
     for module in model.modules():
         if isinstance(module, ReducedVisionTransformer):
-            del module.fpet_reducers
+            del module.fpet_reducers, module.fpet_target
+            for block in module.blocks:
+                if hasattr(block, "thresholds"):
+                    del block.thresholds
+                    block.attn.__class__ = FPETAttention
             module.__class__ = FPETVisionTransformer
             patch.remove(model)
             break

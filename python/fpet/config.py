@@ -29,6 +29,7 @@ REDUCTIONS = {
     "avg-pool": "mean of two neighbours at one layer",
     "max-pool": "maximum of two neighbours at one layer",
     "tome": "ToMe: the r most similar pairs at every layer",
+    "ltmp": "LTMP: merging and pruning by learned thresholds in every layer, with the FLOPs of fpet",
 }
 """What becomes of the tokens on the way through the backbone; all but the first two are comparators."""
 
@@ -73,6 +74,7 @@ class Config:
     reduction: str = _option("fpet", "what becomes of the tokens", tuple(REDUCTIONS))
     layer: int | None = _option(None, "0-based block that merges; none: the middle one")
     tome_r: int = _option(8, "pairs that ToMe merges in each block")
+    ltmp_target: float | None = _option(None, "part of the blocks' FLOPs that LTMP learns to spend; none: what fpet spends")
     refinement_dropout: float = _option(0.1, "in the refinement of the keys")
     refine: bool = _option(True, "train the refinement of the keys; without, it stays as initialised")
 
@@ -142,6 +144,7 @@ class Config:
         expect(self.workers >= 0, "workers", "at least 0")
         expect(self.checkpoint_steps is None or self.checkpoint_steps >= 1, "checkpoint_steps", "at least 1 or None")
         expect(self.layer is None or self.layer >= 0, "layer", "at least 0 or None")
+        expect(self.ltmp_target is None or 0 < self.ltmp_target <= 1, "ltmp_target", "a part of the FLOPs in (0, 1] or None")
         expect(self.train_count >= 10, "train_count", "at least 10")
         parts = world_size * self.accumulate
         expect(self.batch_size % parts == 0, "batch_size", f"a multiple of {world_size} processes × {self.accumulate} parts")

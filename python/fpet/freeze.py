@@ -17,7 +17,8 @@ class ParameterCount(NamedTuple):
 
     Attributes:
         total: all of them. trainable: those with requires_grad. adapters: the tuning method's own (the biases with bitfit,
-            the whole backbone with full). refinement: of the keys that merging goes by. head: the classifier.
+            the whole backbone with full). refinement: of the keys that merging goes by, or LTMP's thresholds. head: the
+            classifier.
         adapter_bytes: what adapters and refinement take in a file: quantised weights packed, others in their dtype.
     """
 
@@ -43,7 +44,8 @@ def parameter_roles(model: nn.Module, method: str | None = None) -> dict[str, st
     adapter: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, PETModule):
-            (refinement if path.rpartition(".")[2] == "refinement" else adapter).update(id(p) for p in module.parameters())
+            reduces = path.rpartition(".")[2] in ("refinement", "thresholds")
+            (refinement if reduces else adapter).update(id(p) for p in module.parameters())
 
     def role(name: str, key: int) -> str:
         if key in head:

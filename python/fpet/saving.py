@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .adapters import AdapterConfig, add_adapters
 from .adapters.methods import transformer_blocks
 from .freeze import head_modules, parameter_roles
+from .ltmp import Thresholds
 from .models import MergeConfig
 from .patch import apply
 from .quantize import QuantizedLinear, latent_weight, levels, pack, packed_size, unpack
@@ -251,11 +252,13 @@ def _merge_settings(model: nn.Module) -> dict[str, Any] | None:
             refinements[i] = {name: getattr(module, name) for name in names}
         elif module is not None:
             raise TypeError(f"model: expected blocks.{i}.refinement to be a KeyRefinement, got {type(module).__name__}")
+    thresholds = [i for i, block in enumerate(transformer_blocks(model)) if hasattr(block, "thresholds")]
     return {
         "layers": list(config.layers),
         "proportional_attention": config.proportional_attention,
         "similarity": config.similarity,
         "refinement": refinements,
+        "thresholds": thresholds,
     }
 
 
@@ -278,6 +281,8 @@ def _rebuild(model: nn.Module, header: dict[str, Any], config: AdapterConfig) ->
             for i, arguments in merge["refinement"].items():
                 refinement = KeyRefinement(**arguments).to(like.device, like.dtype).train(block.training)
                 transformer_blocks(model)[int(i)].refinement = refinement
+            for i in merge.get("thresholds", ()):
+                transformer_blocks(model)[i].thresholds = Thresholds().to(like.device).train(block.training)
     except (KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"path: the header does not describe this model: {type(error).__name__}: {error}") from error
     return model

@@ -38,6 +38,7 @@ from .config import add_arguments as add_config_arguments
 from .data import Splits, batches, epoch_order
 from .evaluate import evaluate
 from .freeze import count_parameters, freeze, parameter_roles
+from .ltmp import PENALTY
 from .patch import apply, find_model
 
 __all__ = ["Result", "add_arguments", "build_model", "compare", "learning_rate", "run", "sweep", "train"]
@@ -163,7 +164,9 @@ def reduce_tokens(model: nn.Module, config: Config) -> nn.Module:
     if config.reduction == "fpet":
         has = getattr(find_model(model).blocks[layer], "refinement", None) is not None  # type: ignore[index]
         return apply(model, layer, refinement=None if has else refinement)
-    return comparators.apply(model, config.reduction, layer, r=config.tome_r, refinement=refinement)
+    return comparators.apply(
+        model, config.reduction, layer, r=config.tome_r, refinement=refinement, target=config.ltmp_target
+    )  # fmt: skip
 
 
 def freeze_for(model: nn.Module, config: Config) -> nn.Module:
@@ -305,6 +308,7 @@ class _Run:
         backbone = self._ensure_backbone()
         torch.manual_seed(self.config.seed)
         self.model = build_model(self.config, self.splits.num_classes).to(self.device)
+        self.target = comparators.flops_target(self.model)
         self.tuned = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.tuned.values(), lr=self.config.warmup_lr, weight_decay=self.config.weight_decay)
         torch.manual_seed((self.config.seed + 1) * 1_000_003 + self.rank)  # dropout differs between processes
@@ -443,8 +447,10 @@ class _Run:
             waits = self.world > 1 and i + 1 < parts and not config.compile
             with network.no_sync() if waits else nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
-                    scores = network(part)
+                    scores, flops = (network(part), None) if self.target is None else network(part, with_flops=True)
                 loss = F.cross_entropy(scores.float(), truth)
+                if flops is not None:
+                    loss = loss + PENALTY * (flops - self.target) ** 2
                 (loss / parts).backward()
             total += torch.stack((loss.detach() / parts, (scores.detach().argmax(1) == truth).sum().float()))
         value, right = total.tolist()

@@ -189,6 +189,15 @@ def test_other_settings_train(config: Config, change: dict[str, Any]) -> None:
     assert 0 <= result.accuracy <= 1 and result.train_loss < 5
 
 
+def test_ltmp_trains_with_its_penalty_and_comes_back(config: Config) -> None:
+    config = dataclasses.replace(config, reduction="ltmp", ltmp_target=0.1, accumulate=2)
+    result = train(config)
+    assert result.refinement == 2 * 6
+    moved = [v for n, v in tuned(config).items() if n.endswith("thresholds.merge")]
+    assert len(moved) == 6 and all(v < 0.9 for v in moved), "a tenth of the FLOPs needs lower thresholds"
+    assert evaluate_run(config.output).accuracy == pytest.approx(result.accuracy)
+
+
 def test_schedule() -> None:
     paper = Config(epochs=100, warmup_epochs=10.0, lr=1e-3, warmup_lr=1e-6, min_lr=1e-5)
     assert learning_rate(paper, 0) == 1e-6

@@ -76,7 +76,7 @@ def remove_adapters(model: nn.Module) -> nn.Module:
     """Takes out what :func:`add_adapters` put in, in place; merging and its refinement stay. Returns model."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, PETModule) and name != "refinement":
+            if isinstance(child, PETModule) and name not in ("refinement", "thresholds"):
                 _remove(model, parent, name)
     for block in transformer_blocks(model):
         fpet_block.restore(block)
