@@ -14,35 +14,41 @@ namespace cuda {
 constexpr int kTileA = 64, kTileB = 128, kTileThreads = 256, kRowBytes = 128;
 constexpr int kStageBytes = (kTileA + kTileB) * kRowBytes;
 
-FPET_DEVICE int turned(int row, int chunk) {
-  return row * kRowBytes + ((chunk ^ ((row & 1) << 2 | (row >> 1 & 3))) << 4);
-}
+FPET_DEVICE int turn_of(int row) { return (row & 1) << 6 | (row >> 1 & 3) << 4; }
+FPET_DEVICE int turned(int row, int chunk) { return row * kRowBytes + (chunk << 4 ^ turn_of(row)); }
 
-// --- fragments; (row, chunk) is their first element, in units of rows and of 16 bytes --------------------------------------------------
+// --- fragments --------------------------------------------------------------------------------------------------------------------------
+// (row, chunk) is their first element, in units of rows and of 16 bytes: a multiple of 8, an even number. What depends on the lane
+// is worked out once.
 
 // 16 × 16 of a left operand stored [m][k].
 FPET_DEVICE void load_left(uint32_t (&a)[4], const char* tile, int row, int chunk) {
   const int l = lane_index();
-  ldmatrix(a, tile + turned(row + l % 16, chunk + l / 16));
+  ldmatrix(a, tile + row * kRowBytes + (turned(l % 16, l / 16) ^ chunk << 4));
 }
 // The same, stored [k][m]: row counts k, chunk counts m.
 FPET_DEVICE void load_left_turned(uint32_t (&a)[4], const char* tile, int row, int chunk) {
   const int l = lane_index();
-  ldmatrix_transposed(a, tile + turned(row + l % 8 + l / 16 * 8, chunk + l / 8 % 2));
+  ldmatrix_transposed(a, tile + row * kRowBytes + (turned(l % 8 + l / 16 * 8, l / 8 % 2) ^ chunk << 4));
 }
 // 16 × 16 of a right operand stored [n][k]: fragments of columns n and n + 8.
 FPET_DEVICE void load_right(uint32_t (&b)[2][2], const char* tile, int row, int chunk) {
   const int l = lane_index();
   uint32_t r[4];
-  ldmatrix(r, tile + turned(row + l % 8 + l / 16 * 8, chunk + l / 8 % 2));
+  ldmatrix(r, tile + row * kRowBytes + (turned(l % 8 + l / 16 * 8, l / 8 % 2) ^ chunk << 4));
   b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
 }
 // The same, stored [k][n].
 FPET_DEVICE void load_right_turned(uint32_t (&b)[2][2], const char* tile, int row, int chunk) {
   const int l = lane_index();
   uint32_t r[4];
-  ldmatrix_transposed(r, tile + turned(row + l % 16, chunk + l / 16));
+  ldmatrix_transposed(r, tile + row * kRowBytes + (turned(l % 16, l / 16) ^ chunk << 4));
   b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
+}
+// 16 bytes of a row, chunk a multiple of 4: lane 4 g + t takes those t chunks on of the row g rows on.
+FPET_DEVICE float4 load_four(const char* tile, int row, int chunk) {
+  const int l = lane_index();
+  return *(const float4*)(tile + row * kRowBytes + (turned(l / 4, l % 4) ^ chunk << 4));
 }
 
 // Two float32 as three pairs of bfloat16 that add up to them.
@@ -94,7 +100,6 @@ FPET_DEVICE void add_products(Tile& d, const char* stage) {
     }
   } else {
     // Which k a fragment's element stands for does not matter as long as it is the same on both sides: a lane takes 16 bytes.
-    const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
     for (int k = 0; k < 8; k += 4) {
       uint32_t a[3][2][4];
@@ -102,14 +107,14 @@ FPET_DEVICE void add_products(Tile& d, const char* stage) {
       for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float4 v = *(const float4*)(left + turned(warp_row() + m * 16 + half * 8 + g, k + t));
+          const float4 v = load_four(left, warp_row() + m * 16 + half * 8, k);
           const Three low = split_three(v.x, v.y), high = split_three(v.z, v.w);
 #pragma unroll
           for (int i = 0; i < 3; ++i) a[i][m][half] = low.part[i], a[i][m][2 + half] = high.part[i];
         }
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        const float4 v = *(const float4*)(right + turned(warp_column() + n * 8 + g, k + t));
+        const float4 v = load_four(right, warp_column() + n * 8, k);
         const Three low = split_three(v.x, v.y), high = split_three(v.z, v.w);
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
@@ -137,7 +142,7 @@ FPET_DEVICE int copy_row(int r) { return int(threadIdx.x) / 8 + 32 * r; }
 
 // 16 bytes of a row of `length` elements of S, from element `at` on; zeros behind its end and where it is not valid.
 template <class S>
-FPET_DEVICE void copy_row_chunk(char* to, const S* row, int64_t at, int64_t length, int64_t stride, bool aligned, bool valid) {
+FPET_DEVICE void copy_row_chunk(char* to, const S* row, int at, int length, int64_t stride, bool aligned, bool valid) {
   valid = valid && at < length;
   if (aligned) {
     copy_async<16>(to, valid ? row + at : row, valid);
@@ -157,22 +162,22 @@ FPET_DEVICE int pair_left(int i) { return (0x201100 >> 4 * (kPairs - 1 - i)) & 1
 FPET_DEVICE int pair_right(int i) { return (0x021010 >> 4 * (kPairs - 1 - i)) & 15; }
 
 // 64 channels of prepared keys: part a of 64 sources from row i0, part b of 128 destinations from row j0.
-FPET_DEVICE void copy_keys(char* stage, const bf16* keys, int parts, int padded, int64_t image_row, int64_t num_a, int64_t num_b,
-                           int64_t i0, int64_t j0, int channel, int part_a, int part_b) {
-  const int64_t stride = int64_t(parts) * padded;
+FPET_DEVICE void copy_keys(char* stage, const bf16* keys, int parts, int padded, int64_t image_row, int num_a, int num_b,
+                           int i0, int j0, int channel, int part_a, int part_b) {
+  const int stride = parts * padded;
   const bf16* at = keys + image_row * stride + channel + copy_chunk() * 8;
 #pragma unroll
   for (int r = 0; r < kTileA / 32; ++r) {
     const int row = copy_row(r);
     const bool valid = i0 + row < num_a;
-    copy_async<16>(stage + turned(row, copy_chunk()), valid ? at + (i0 + row) * stride + part_a * padded : keys, valid);
+    copy_async<16>(stage + turned(row, copy_chunk()), valid ? at + int64_t(i0 + row) * stride + part_a * padded : keys, valid);
   }
 #pragma unroll
   for (int r = 0; r < kTileB / 32; ++r) {
     const int row = copy_row(r);
     const bool valid = j0 + row < num_b;
     copy_async<16>(stage + (kTileA * kRowBytes) + turned(row, copy_chunk()),
-                   valid ? at + (num_a + j0 + row) * stride + part_b * padded : keys, valid);
+                   valid ? at + int64_t(num_a + j0 + row) * stride + part_b * padded : keys, valid);
   }
 }
 
@@ -183,11 +188,11 @@ struct Ring {
   int stages, oldest = 0, newest = 0;
 
   template <class Fill>
-  FPET_DEVICE void start(const Fill& fill) {
+  FPET_DEVICE void start(Fill&& fill) {
     for (int s = 0; s + 1 < stages; ++s) push(fill);
   }
   template <class Fill>
-  FPET_DEVICE const char* next(const Fill& fill) {
+  FPET_DEVICE const char* next(Fill&& fill) {
     if (stages == 2) {
       copy_async_wait<0>();
     } else if (stages == 3) {
@@ -204,7 +209,7 @@ struct Ring {
 
  private:
   template <class Fill>
-  FPET_DEVICE void push(const Fill& fill) {
+  FPET_DEVICE void push(Fill&& fill) {
     fill(base + newest * kStageBytes);
     copy_async_commit();  // also where nothing was left to fill: waiting counts groups
     newest = newest + 1 == stages ? 0 : newest + 1;

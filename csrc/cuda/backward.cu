@@ -1,0 +1,408 @@
+// Backward. Without a gradient on the key path it is a gather, in one launch. With one: the gather and the preparing of keys side
+// by side, tiles of scores (backward_pairs.cu), from dk̂ to k' and the weights' shares, and the sum of these.
+#include "backward.cuh"
+
+namespace fpet {
+namespace cuda {
+namespace {
+
+// --- dx, dsize, γ' -------------------------------------------------------------------------------------------------------------------
+
+struct SpreadParams {
+  Problem q;
+  BackwardInputs in;
+  void *grad_x, *grad_size, *gamma;  // null where not asked for; γ' is (B, N_B)
+  DType size_dtype;
+  int blocks;  // per image
+  bool aligned;
+};
+
+constexpr int kSpreadRows = 8;  // per block, one a warp
+
+// One token t, merged into row e: dx_t = size_t G_e / n_e, dsize_t = γ_e + G_e · (x_t − y_e) / n_e; kept ones give γ'_e, too:
+// γ_e − G_e · y_e / n_e. Rows here: kept tokens in merged order, then sources.
+template <class S>
+FPET_DEVICE void spread_row(const SpreadParams& p, int64_t b, int64_t r) {
+  using M = Compute<S>;
+  constexpr int lanes = Lanes<S>::count, span = 32 * lanes;
+  constexpr int groups = 3;  // 16 bytes each
+  const Problem& q = p.q;
+  const View &grad = p.in.grad_tokens, &tokens = p.in.tokens, &sizes = p.in.merged_size, &grad_sizes = p.in.grad_size;
+  const int64_t merged = q.prefix + q.num_b, i = r - merged;
+  const int64_t e = i < 0 ? r : p.in.match[b * q.num_a + i];
+  const int64_t token = i >= 0 ? source_token(q, i) : r < q.prefix ? r : destination_token(q, r - q.prefix);
+  const M n = load_any<M>(sizes, b * sizes.stride[0] + e * sizes.stride[1]);
+  const M size = q.size.data ? load_any<M>(q.size, b * q.size.stride[0] + token * q.size.stride[1]) : M(1);
+  const M ratio = size / n;
+  const bool wants_gamma = p.gamma && r >= q.prefix && i < 0, wants_dots = p.grad_size || wants_gamma;
+  const S* g_row = (const S*)grad.data + b * grad.stride[0] + e * grad.stride[1];
+  const S* y_row = (const S*)tokens.data + b * tokens.stride[0] + e * tokens.stride[1];
+  const S* x_row = (const S*)q.x.data + b * q.x.stride[0] + token * q.x.stride[1];
+  S* out = (S*)p.grad_x + (b * q.tokens + token) * q.dim;
+  M along_y = 0, along_difference = 0;
+  if (p.aligned) {
+    for (int64_t d0 = lane_index() * lanes; d0 < q.dim; d0 += groups * span) {
+      uint4 g[groups], y[groups], x[groups];
+      const auto load = [&](uint4(&raw)[groups], const S* row, bool wanted) {
+#pragma unroll
+        for (int k = 0; k < groups; ++k)
+          raw[k] = wanted && d0 + k * span < q.dim ? load16(row + d0 + k * span) : make_uint4(0, 0, 0, 0);
+      };
+      load(g, g_row, true);
+      load(y, y_row, wants_dots);
+      load(x, x_row, p.grad_size != nullptr);
+#pragma unroll
+      for (int k = 0; k < groups; ++k) {
+        const int64_t d = d0 + k * span;
+        Lanes<S> v = unpack<S>(g[k]);
+        if (wants_dots) {
+          const Lanes<S> y_k = unpack<S>(y[k]), x_k = unpack<S>(x[k]);
+#pragma unroll
+          for (int l = 0; l < lanes; ++l) {
+            along_y += v.v[l] * y_k.v[l];
+            along_difference += v.v[l] * (x_k.v[l] - y_k.v[l]);
+          }
+        }
+        if (!p.grad_x || d >= q.dim) continue;
+#pragma unroll
+        for (int l = 0; l < lanes; ++l) v.v[l] *= ratio;
+        store16_streaming(out + d, repack<S>(v));
+      }
+    }
+  } else {
+    for (int64_t d = lane_index(); d < q.dim; d += 32) {
+      const M g = to_compute(g_row[d * grad.stride[2]]);
+      if (wants_dots) {
+        const M y = to_compute(y_row[d * tokens.stride[2]]);
+        along_y += g * y;
+        if (p.grad_size) along_difference += g * (to_compute(x_row[d * q.x.stride[2]]) - y);
+      }
+      if (p.grad_x) out[d] = from_compute<S>(g * ratio);
+    }
+  }
+  if (!wants_dots) return;
+  along_y = warp_sum(along_y), along_difference = warp_sum(along_difference);
+  if (lane_index()) return;
+  const M own = grad_sizes.data ? load_any<M>(grad_sizes, b * grad_sizes.stride[0] + e * grad_sizes.stride[1]) : M(0);
+  if (p.grad_size) store_any(p.grad_size, p.size_dtype, b * q.tokens + token, own + along_difference / n);
+  if (wants_gamma) ((M*)p.gamma)[b * q.num_b + r - q.prefix] = own - along_y / n;
+}
+
+template <class T>
+struct FirstParams {
+  SpreadParams spread;
+  PrepareParams<T> prepare;
+  int prepare_blocks;  // of all images; they come first
+};
+
+template <class S, class T>
+__global__ void __launch_bounds__(kKeyThreads) spread_and_prepare(const __grid_constant__ FirstParams<T> p) {
+  if (int(blockIdx.x) < p.prepare_blocks) return prepare_block(p.prepare, blockIdx.x);
+  const int index = int(blockIdx.x) - p.prepare_blocks, b = index / p.spread.blocks;
+  const int64_t r = int64_t(index - b * p.spread.blocks) * kSpreadRows + warp_index();
+  if (r < p.spread.q.tokens) spread_row<S>(p.spread, b, r);
+}
+
+// --- from dk̂ to k' and the weights -----------------------------------------------------------------------------------------------------
+
+template <class T>
+struct KeyGradientParams {
+  PairParams<T> pairs;
+  BackwardOutputs out;
+  T* weight_parts;                            // (B, blocks, 2, C h): dW_up, then dW_down
+  int ld_key, ld_hidden, rows, span, blocks;  // `span` rows a block, `rows` at a time
+  bool aligned;
+  size_t bytes;
+
+  KeyGradientParams(const PairParams<T>& pair_params, const BackwardOutputs& outputs);
+};
+
+constexpr int kListed = kKeyThreads * 4 * 2;  // entries of Collected: one turn
+constexpr size_t kListBytes = kListed * sizeof(int2) + kKeyThreads / 32 * sizeof(int64_t);
+
+template <class T>
+KeyGradientParams<T>::KeyGradientParams(const PairParams<T>& pair_params, const BackwardOutputs& outputs)
+    : pairs(pair_params), out(outputs), weight_parts(nullptr) {
+  const Problem& q = pairs.q;
+  const KeyTile<T> tile(q, 2, kListBytes);
+  ld_key = tile.ld_key, ld_hidden = tile.ld_hidden, rows = tile.rows, bytes = tile.bytes;
+  // A block's share of the weights' gradient is written once: more rows, fewer shares.
+  span = out.w_down ? (q.tokens <= 512 ? 128 : 512) : rows;
+  blocks = int(ceil_div(q.num_a + q.num_b, int64_t(span)));
+  aligned = keys_aligned(q);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kKeyThreads) key_gradient(const __grid_constant__ KeyGradientParams<T> p) {
+  const PairParams<T>& pairs = p.pairs;
+  const PreparedKeys<T>& keys = pairs.keys;
+  const Problem& q = pairs.q;
+  const BackwardOutputs& out = p.out;
+  const int64_t b = blockIdx.x / p.blocks, all = q.num_a + q.num_b, image_row = b * all;
+  const int channels = int(q.channels), hidden = int(q.hidden), padded = keys.padded;
+  int2* list = (int2*)shared_memory();
+  int* warp_counts = (int*)(list + kListed);
+  int64_t* tokens = (int64_t*)((char*)list + kListBytes);
+  T* stage = (T*)(tokens + p.rows);
+  T* grad = stage + (hidden ? kProductDepth * kProductTile : 0);
+  T* key = grad + p.rows * p.ld_key;
+  T* units = key + p.rows * p.ld_key;
+  T* grad_units = units + p.rows * p.ld_hidden;
+  const int64_t* const targets[2] = {pairs.in.match + b * q.num_a, pairs.in.second + b * q.num_a};
+
+  const int64_t begin = (blockIdx.x - b * p.blocks) * p.span, end = min(all, begin + p.span);
+  if (begin == 0)
+    for (int64_t e = threadIdx.x; e < q.prefix * channels; e += kKeyThreads) {
+      const int64_t at = b * q.tokens * channels + e;
+      if (out.refined) store_any(out.refined, out.refined_dtype, at, T(0));
+      if (out.key) store_any(out.key, out.key_dtype, at, T(0));
+    }
+  // What the mean of the two best takes from each of them, in the scale of k'.
+  const auto share = [&](int64_t i) {
+    T sum = 0;
+    for (int s = 0; s < pairs.segments; ++s) sum += pairs.sums[(b * pairs.segments + s) * q.num_a + i];
+    return sum / T(2) * keys.inverse(image_row + i);
+  };
+
+  for (int64_t first = begin; first < end; first += p.rows) {
+    const int rows = int(min(int64_t(p.rows), end - first));
+    __syncthreads();
+    for (int r = int(threadIdx.x); r < rows; r += kKeyThreads) tokens[r] = row_token(q, first + r);
+    for (int r = warp_index(); r < rows; r += kKeyThreads / 32) {
+      const int64_t row = first + r, j = row - q.num_a;
+      if (j < 0) {
+        const T taken = share(row);
+        const int64_t best = image_row + q.num_a + targets[0][row] - q.prefix;
+        const int64_t second = image_row + q.num_a + targets[1][row] - q.prefix;
+        const T inverse_best = keys.inverse(best), inverse_second = keys.inverse(second);
+        for (int c = lane_index(); c < channels; c += 32) {
+          T sum = 0;
+          for (int s = 0; s < pairs.segments; ++s) sum += pairs.part_a[((b * pairs.segments + s) * q.num_a + row) * padded + c];
+          grad[r * p.ld_key + c] = sum - taken * (inverse_best * keys.at(best, c) + inverse_second * keys.at(second, c));
+        }
+      } else {
+        for (int c = lane_index(); c < channels; c += 32) {
+          T sum = 0;
+          for (int s = 0; s < pairs.chunks; ++s) sum += pairs.part_b[((b * pairs.chunks + s) * q.num_b + j) * padded + c];
+          grad[r * p.ld_key + c] = sum;
+        }
+      }
+    }
+    const int64_t low = max(first - q.num_a, int64_t(0)), high = first + rows - q.num_a;  // destinations among the rows
+    if (high > low) {
+      Collected<kKeyThreads, 2> found;
+      for (int64_t from = 0; from < q.num_a; from = found.next) {
+        found.run(targets, from, q.num_a, q.prefix + low, q.prefix + high, list, kListed, warp_counts);
+        for (int r = warp_index(); r < rows; r += kKeyThreads / 32) {
+          const int64_t j = first + r - q.num_a;
+          if (j < 0) continue;
+          const T inverse = keys.inverse(image_row + q.num_a + j);
+          for (int k = 0; k < found.count; ++k) {
+            if (list[k].y != int(j - low)) continue;
+            const int64_t i = list[k].x;
+            const T taken = share(i) * inverse;
+            for (int c = lane_index(); c < channels; c += 32) grad[r * p.ld_key + c] -= taken * keys.at(image_row + i, c);
+          }
+        }
+      }
+    }
+    // dk' = (dk̂ − k̂ (k̂ · dk̂)) / ‖k'‖; a norm at its floor is a constant, and nothing flows through it.
+    for (int r = warp_index(); r < rows; r += kKeyThreads / 32) {
+      const int64_t row = image_row + first + r;
+      const bool projected = q.cosine && !(keys.norm[row] < T(1e-12));
+      T along = 0;
+      if (projected) {
+        for (int c = lane_index(); c < channels; c += 32) along += keys.at(row, c) * grad[r * p.ld_key + c];
+        const T inverse = keys.inverse(row);
+        along = warp_sum(along) * inverse * inverse;
+      }
+      const int64_t at = (b * q.tokens + row_token(q, first + r)) * channels;
+      for (int c = lane_index(); c < channels; c += 32) {
+        T& g = grad[r * p.ld_key + c];
+        if (projected) g -= keys.at(row, c) * along;
+        if (out.refined) store_any(out.refined, out.refined_dtype, at + c, g);
+        if (out.key && !hidden) store_any(out.key, out.key_dtype, at + c, g / T(q.heads));
+      }
+    }
+    if (!hidden || !(out.w_down || out.key)) continue;
+
+    __syncthreads();
+    load_mean_keys(q, p.aligned, b, tokens, rows, key, p.ld_key);
+    __syncthreads();
+    block_units(q, b, tokens, rows, key, p.ld_key, stage, units, p.ld_hidden);
+    const View &up = q.w_up, &down = q.w_down, &mask = q.dropout_mask;
+    block_product<T>(
+        rows, hidden, channels, stage, [&](int r, int c) { return grad[r * p.ld_key + c]; },
+        [&](int c, int h) { return load_any<T>(up, c * up.stride[0] + h * up.stride[1]); },
+        [&](int r, int h, T v) {  // this thread wrote the unit
+          v = units[r * p.ld_hidden + h] != T(0) ? v * T(q.scale) : T(0);
+          if (mask.data) v *= load_any<T>(mask, b * mask.stride[0] + tokens[r] * mask.stride[1] + h * mask.stride[2]);
+          grad_units[r * p.ld_hidden + h] = v;
+        });
+    if (out.w_down) {
+      T* part = p.weight_parts + int64_t(blockIdx.x) * 2 * channels * hidden;
+      const bool begins = first == begin;
+      const auto add = [&](T* at, T v) { *at = begins ? v : *at + v; };
+      block_product<T>(
+          channels, hidden, rows, stage, [&](int c, int r) { return grad[r * p.ld_key + c]; },
+          [&](int r, int h) { return units[r * p.ld_hidden + h]; }, [&](int c, int h, T v) { add(part + c * hidden + h, v); });
+      part += channels * hidden;
+      block_product<T>(
+          hidden, channels, rows, stage, [&](int h, int r) { return grad_units[r * p.ld_hidden + h]; },
+          [&](int r, int c) { return key[r * p.ld_key + c]; }, [&](int h, int c, T v) { add(part + h * channels + c, v); });
+    }
+    if (out.key)
+      block_product<T>(
+          rows, channels, hidden, stage, [&](int r, int h) { return grad_units[r * p.ld_hidden + h]; },
+          [&](int h, int c) { return load_any<T>(down, h * down.stride[0] + c * down.stride[1]); },
+          [&](int r, int c, T v) {
+            store_any(out.key, out.key_dtype, (b * q.tokens + tokens[r]) * channels + c,
+                      (grad[r * p.ld_key + c] + v) / T(q.heads));
+          });
+  }
+}
+
+// --- the weights ---------------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct ReduceParams {
+  const T* parts;
+  BackwardOutputs out;
+  T scale;
+  int64_t pieces;
+  int size;  // C h
+};
+
+// 32 elements a block; every eighth piece to one of its warps, then the eight sums in their order.
+template <class T>
+__global__ void __launch_bounds__(256) sum_weights(const __grid_constant__ ReduceParams<T> p) {
+  T* sums = (T*)shared_memory();
+  const int at = int(blockIdx.x) * 32 + lane_index();
+  T sum = 0;
+  if (at < 2 * p.size)
+#pragma unroll 8
+    for (int64_t piece = warp_index(); piece < p.pieces; piece += 8) sum += p.parts[piece * 2 * p.size + at];
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp_index() || at >= 2 * p.size) return;
+  for (int w = 1; w < 8; ++w) sum += sums[w * 32 + lane_index()];
+  if (at < p.size) {
+    store_any(p.out.w_up, p.out.weight_dtype, at, sum * p.scale);
+  } else {
+    store_any(p.out.w_down, p.out.weight_dtype, at - p.size, sum);
+  }
+}
+
+// --- launching -----------------------------------------------------------------------------------------------------------------------------
+
+bool has_key_path(const BackwardOutputs& out) { return out.w_down || out.refined || out.key; }
+
+template <class T>
+struct Plan {
+  PairParams<T> pairs;
+  T* weight_parts;
+  size_t bytes;
+  Plan(const Problem& q, const BackwardOutputs& out, char* base) {
+    Arena arena{base};
+    pairs.plan(arena, q, sizeof(T) == 8 ? kWideTile : kTileA, sizeof(T) == 8 ? kWideTile : kTileB);
+    const KeyGradientParams<T> last(pairs, out);
+    weight_parts = arena.take<T>(out.w_down ? q.batch * last.blocks * 2 * q.channels * q.hidden : 0);
+    bytes = arena.used;
+  }
+};
+
+template <class S, class T>
+CudaStatus launch_first(const FirstParams<T>& p, cudaStream_t stream) {
+  const dim3 grid(unsigned(p.prepare_blocks + p.spread.q.batch * p.spread.blocks));
+  const size_t shared = p.prepare_blocks ? p.prepare.bytes : 0;
+  return FPET_LAUNCH((spread_and_prepare<S, T>), grid, kKeyThreads, shared, stream, p);
+}
+
+template <class T>
+CudaStatus launch_first(const FirstParams<T>& p, cudaStream_t stream) {
+  if constexpr (sizeof(T) == 8) {
+    if (p.spread.q.x.dtype == DType::f64) return launch_first<double, double>(p, stream);
+    // x in fewer bits than the scores: too rare for kernels of its own.
+    FirstParams<double> keys = p;
+    keys.spread.blocks = 0;
+    const CudaStatus status = launch_first<double, double>(keys, stream);
+    if (status.kernel) return status;
+    PreparedKeys<float> none;
+    FirstParams<float> rows{p.spread, PrepareParams<float>(p.spread.q, none), 0};
+    return launch_first(rows, stream);
+  } else {
+    switch (p.spread.q.x.dtype) {
+      case DType::bf16: return launch_first<bf16, T>(p, stream);
+      case DType::f16: return launch_first<f16, T>(p, stream);
+      default: return launch_first<float, T>(p, stream);
+    }
+  }
+}
+
+template <class T>
+CudaStatus run(const Problem& q, const BackwardInputs& in, const BackwardOutputs& out, void* workspace, cudaStream_t stream) {
+  const bool key_path = has_key_path(out);
+  Plan<T> plan(q, out, (char*)workspace);
+  FirstParams<T> first{SpreadParams{}, PrepareParams<T>(q, plan.pairs.keys), 0};
+  if (key_path) first.prepare_blocks = int(q.batch * first.prepare.blocks);
+  SpreadParams& s = first.spread;
+  s.q = q;
+  s.in = in;
+  s.grad_x = out.x;
+  s.grad_size = out.size;
+  s.size_dtype = out.size_dtype;
+  s.gamma = key_path ? const_cast<void*>(plan.pairs.gamma) : nullptr;
+  s.blocks = int(ceil_div(q.tokens, int64_t(kSpreadRows)));
+  const auto rows = [&](const View& v) { return v.stride[2] == 1 && aligned16(v.data, v.dtype, {v.stride[0], v.stride[1]}); };
+  s.aligned = q.dim * size_of(q.x.dtype) % 16 == 0 && rows(in.grad_tokens) && rows(in.tokens) && rows(q.x) &&
+              aligned16(out.x, q.x.dtype, {q.dim});
+  CudaStatus status = launch_first(first, stream);
+  if (status.kernel || !key_path) return status;
+  plan.pairs.in = in;
+  status = pair_gradient(plan.pairs, stream);
+  if (status.kernel) return status;
+  KeyGradientParams<T> last(plan.pairs, out);
+  last.weight_parts = plan.weight_parts;
+  status = FPET_LAUNCH(key_gradient<T>, dim3(unsigned(q.batch * last.blocks)), kKeyThreads, last.bytes, stream, last);
+  if (status.kernel || !out.w_down) return status;
+  const ReduceParams<T> reduce{plan.weight_parts, out, T(q.scale), q.batch * last.blocks, int(q.channels * q.hidden)};
+  return FPET_LAUNCH(sum_weights<T>, dim3(unsigned(ceil_div(2 * reduce.size, 32))), 256u, 256 * sizeof(T), stream, reduce);
+}
+
+}  // namespace
+
+KernelList backward_kernels() {
+  static const KernelEntry entries[] = {
+      {"spread_and_prepare<float, float>", (const void*)spread_and_prepare<float, float>, kKeyThreads, 26 << 10},
+      {"spread_and_prepare<bf16, float>", (const void*)spread_and_prepare<bf16, float>, kKeyThreads, 26 << 10},
+      {"spread_and_prepare<f16, float>", (const void*)spread_and_prepare<f16, float>, kKeyThreads, 26 << 10},
+      {"spread_and_prepare<double, double>", (const void*)spread_and_prepare<double, double>, kKeyThreads, 52 << 10},
+      {"key_gradient<float>", (const void*)key_gradient<float>, kKeyThreads, 64 << 10},
+      {"key_gradient<double>", (const void*)key_gradient<double>, kKeyThreads, 64 << 10},
+      {"sum_weights<float>", (const void*)sum_weights<float>, 256, 256 * sizeof(float)},
+      {"sum_weights<double>", (const void*)sum_weights<double>, 256, 256 * sizeof(double)},
+  };
+  return {entries, int(sizeof(entries) / sizeof(*entries))};
+}
+
+}  // namespace cuda
+
+size_t cuda_backward_workspace(const Problem& q, const BackwardOutputs& out) {
+  if (!q.batch || !cuda::has_key_path(out)) return 0;
+  return q.wide_scores ? cuda::Plan<double>(q, out, nullptr).bytes : cuda::Plan<float>(q, out, nullptr).bytes;
+}
+
+CudaStatus cuda_backward(const Problem& q, const BackwardInputs& in, const BackwardOutputs& out, void* workspace,
+                         cudaStream_t stream) {
+  if (!q.batch) {  // no image, no gradient
+    const size_t bytes = out.w_down ? size_t(q.channels * q.hidden * cuda::size_of(out.weight_dtype)) : 0;
+    for (void* p : {out.w_down, out.w_up})
+      if (const cudaError_t error = bytes ? cudaMemsetAsync(p, 0, bytes, stream) : cudaSuccess; error != cudaSuccess)
+        return {error, "cudaMemsetAsync"};
+    return {};
+  }
+  if (!out.x && !out.size && !cuda::has_key_path(out)) return {};
+  return q.wide_scores ? cuda::run<double>(q, in, out, workspace, stream) : cuda::run<float>(q, in, out, workspace, stream);
+}
+
+}  // namespace fpet
