@@ -2,6 +2,8 @@
 
 Tests ask for ``backend, device`` (every backend that runs here, on every device it runs on) or ``fused, device`` (the same
 without the reference). ``FPET_REQUIRE_BACKENDS="cpu,triton"`` makes a missing backend an error instead of fewer tests.
+``FPET_EMULATED_CUDA`` names a library of CUDA kernels compiled for the host (csrc/tests/cuda_emulator.h): backend "cuda" then runs on
+CPU tensors too, slowly, as Triton's does under ``TRITON_INTERPRET=1``.
 """
 
 from __future__ import annotations
@@ -20,6 +22,12 @@ with suppress(
     ImportError
 ):  # before anything imports the standard distutils, which setuptools, wanted by Inductor, then refuses
     import setuptools  # noqa: F401
+
+EMULATED = os.environ.get("FPET_EMULATED_CUDA")
+if EMULATED:
+    from support import emulate_cuda
+
+    emulate_cuda(EMULATED)
 
 # Deterministic examples: a failure is a defect of the change at hand, never of the draw.
 settings.register_profile("fpet", derandomize=True, deadline=None, database=None)
@@ -72,10 +80,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def max_tokens(request: pytest.FixtureRequest) -> int:
-    """The longest sequence worth running: Triton's interpreter on CPU tensors is thousands of times slower than a kernel."""
+    """The longest sequence worth running: an interpreter or emulator on CPU tensors is thousands of times slower than a kernel."""
     params = request.node.callspec.params
     name = params.get("backend", params.get("fused"))
-    return 65 if name == "triton" and params["device"] == "cpu" else 4097
+    return 65 if name in ("triton", "cuda") and params["device"] == "cpu" else 4097
 
 
 @pytest.fixture

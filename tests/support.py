@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fpet_kernels import KeyRefinement, Merged, Split, backends, bdm_merge, checkerboard
+from fpet_kernels import KeyRefinement, Merged, Split, backends, bdm_merge, checkerboard, ops
 from fpet_kernels.reference import bdm_merge_reference, compute_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -441,3 +441,27 @@ def check(problem: Problem, backend: str) -> None:
     assert_near_ties_only(problem, best, second)
     want = exact(problem, best, second)
     assert_close(problem, got, want, yardstick(problem, backend), rounding(problem, best, second))
+
+
+# --- the CUDA kernels, emulated on the CPU --------------------------------------------------------------------------------
+
+
+def emulate_cuda(library: str) -> None:
+    """Lets backend "cuda" take CPU tensors, on kernels compiled for the host: ``library`` is CMake's fpet_cuda_emulated_ops.
+
+    For the rest of the process, and with forward and backward only: unmerging stays what it is on the CPU.
+    """
+    emulated = torch.library.Library("fpet_emulated", "DEF")
+    emulated.define(f"bdm_forward({ops.FORWARD_ARGS}) -> {ops.FORWARD_RETURNS}")
+    emulated.define(f"bdm_backward({ops.BACKWARD_ARGS}) -> {ops.BACKWARD_RETURNS}")
+    emulated.define("average_heads(Tensor key, bool wide) -> Tensor")
+    emulated.define(f"bdm_unmerge({ops.UNMERGE_ARGS}) -> Tensor")
+    emulated.define(f"bdm_unmerge_backward({ops.UNMERGE_ARGS.replace('tokens', 'grad', 1)}) -> Tensor")
+    torch.ops.load_library(library)
+    honest = backends.refuses
+    _EMULATED.append(emulated)
+    backends._OPS["cuda"] = (torch.ops.fpet_emulated.bdm_forward.default, torch.ops.fpet_emulated.bdm_backward.default)
+    backends.refuses = lambda name, x: None if name == "cuda" and x.device.type == "cpu" else honest(name, x)
+
+
+_EMULATED: list[torch.library.Library] = []  # what is dropped is unregistered
