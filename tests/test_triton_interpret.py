@@ -152,6 +152,17 @@ def test_which_kernels(shape, long, launched):
         assert launched == ["merge_short"], "a short forward is one launch"
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+def test_blocks_of_sources_need_ordered_memory(ordered, launched, monkeypatch):
+    """One block keeps its match in registers; several hand it on through memory, where barriers order that."""
+    monkeypatch.setitem(configs.TABLES, "tried", replace(configs.table(DEVICE, 0), ordered=ordered))
+    with configs.pretend("tried"), torch.no_grad():
+        merge(on(random_problem(split=alternating(60), batch=1, dim=4, channels=4)), "triton")
+        assert launched == ["merge_short"]
+        merge(on(random_problem(split=alternating(300), batch=1, dim=4, channels=4)), "triton")
+    assert launched[1] == ("merge_short" if ordered else "prepare_keys")
+
+
 def test_gather_only(launched):
     """No gradient to the key path, no work on it."""
     run(on(random_problem(size=True)), "triton", ("x", "size"))

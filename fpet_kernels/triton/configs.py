@@ -59,6 +59,8 @@ class Architecture:
         tiles, tiles_double: long grids, and float64 anywhere.
         split_float32: float32 products from bfloat16 parts on matrix units (else float32 multiply-adds).
         shared: bytes of shared memory a program may use.
+        ordered: a barrier orders a program's writes and reads of global memory too, as short forwards with several blocks of
+            sources need. So it is on NVIDIA's GPUs and on CDNA; elsewhere the tiled kernels take those.
     """
 
     forward: dict[tuple[int, bool, int], Short]
@@ -68,6 +70,7 @@ class Architecture:
     tiles_double: Tiles
     split_float32: bool
     shared: int
+    ordered: bool = True
 
 
 # Small tiles: float64 products are made without matrix units, as a sum over a three-dimensional block.
@@ -137,8 +140,12 @@ TABLES: dict[str, Architecture] = {
     "interpreter": Architecture(
         _FORWARD_SM90, _BACKWARD_SM90, 1, Tiles(64, 64, 64, 128, 4, 1, 64), Tiles(64, 64, 32, 64, 4, 1, 64), True, 1 << 30
     ),
-    # Anything else: the least demanding of the above, for 99 KiB of shared memory (sm_86, sm_89, sm_120).
+    # NVIDIA's others: the least demanding of the above, for 99 KiB of shared memory (sm_86, sm_89, sm_120).
     "other": Architecture(_FORWARD, _BACKWARD, 128, Tiles(32, 64, 32, 32, 8, 1), _DOUBLE, True, 101_376),
+    # Any other GPU that Triton knows.
+    "elsewhere": Architecture(
+        _four_warps(_FORWARD), _four_warps(_BACKWARD), 128, Tiles(32, 64, 32, 32, 4, 1), _DOUBLE, True, 65_536, ordered=False
+    ),
 }
 
 
@@ -184,12 +191,10 @@ def architecture_of(device_type: str, index: int | None) -> str:
     if device_type == "cpu":
         return "interpreter"
     if device_type != "cuda" or not torch.cuda.is_available():
-        return "other"
+        return "elsewhere"
     if torch.version.hip is not None:
         name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
-    else:
-        major, minor = torch.cuda.get_device_capability(index)
-        name = f"sm{major}{minor}"
-        if name == "sm103":  # the same limits as sm_100
-            name = "sm100"
+        return name if name in TABLES else "elsewhere"
+    major, minor = torch.cuda.get_device_capability(index)
+    name = "sm100" if (major, minor) == (10, 3) else f"sm{major}{minor}"  # 10.3 has the limits of 10.0
     return name if name in TABLES else "other"

@@ -376,6 +376,8 @@ def _launch_forward(
         return outputs
     q = _remembered(tensors, numbers, lambda: _Problem(*tensors, *numbers))
     config = q.arch.forward.get((q.item, q.raw, q.short)) if q.short is not None else None
+    if config is not None and not q.arch.ordered and config.block_a < q.num_a:
+        config = None
     inputs = _Inputs(*tensors, q.traced)
     with _on_device(x.device) if _plain(x) else _NOWHERE:
         if config is None:
