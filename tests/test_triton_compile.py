@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,30 @@ def test_float64():
     rows = report("sm90", ("ViT-B/16 float64, refined",))
     assert not FUSED & {row["kernel"] for row in rows}
     assert {"match_tiles", "row_pass", "column_pass", "refined_gradient", "weight_partials"} <= {row["kernel"] for row in rows}
+
+
+def test_tuner_compiles_and_predicts_without_a_gpu(tmp_path):
+    tune = Path(__file__).parents[1] / "benchmarks" / "tune.py"
+    if not tune.exists():
+        pytest.skip("no benchmarks folder beside tests")
+    options = [
+        "--dry-run",
+        "--slot",
+        "forward (2, True, 128)",
+        "--candidates",
+        "2",
+        "--jobs",
+        "1",
+        "--out",
+        str(tmp_path / "rows"),
+    ]
+    done = subprocess.run([sys.executable, tune, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "rows").read_text()
+    assert "dry run: nothing was measured (sm90)" in text
+    row = next(line for line in text.splitlines() if "PREDICTED" in line)
+    assert row.strip().startswith("(2, True, 128): Short(")
+    assert "KiB  1  (2, True, 128): Short(128, 64, 8, 3)" in text, "the frozen configuration is not the first candidate"
 
 
 class Captured(Exception):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -417,3 +418,24 @@ def test_capturable():
         got = ops.forward(*op_args(problem))
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_tuner_tells_right_from_wrong(monkeypatch):
+    """The gate in front of the tuner's timings: the frozen configuration passes, other results do not."""
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    if not benchmarks.is_dir():
+        pytest.skip("no benchmarks folder beside tests")
+    monkeypatch.syspath_prepend(str(benchmarks))
+    import tune
+    from fpet_kernels.triton import report
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(L2_cache_size=1))
+    case = report.Case("tiny", (5, 6), 1, 24, 16, torch.bfloat16, torch.bfloat16, heads=2, hidden=4, batch=3)
+    trial = tune.Trial(case, torch.device(DEVICE))
+    assert trial.wrong(True, True) is None
+    trial.calls(True, True)()
+    forward, backward = ops.forward, ops.backward
+    monkeypatch.setattr(ops, "forward", lambda *a: (forward(*a)[0] * 1.5, *forward(*a)[1:]))
+    assert trial.wrong(True, False) == "tokens differ"
+    monkeypatch.setattr(ops, "backward", lambda *a: tuple(t * 1.1 for t in backward(*a)))
+    assert trial.wrong(False, True) == "gradients differ"

@@ -16,14 +16,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["CASES", "TARGETS", "Case", "Row", "absent_gpu", "compile_case", "main", "usage"]
+__all__ = ["CASES", "TARGETS", "Case", "Row", "absent_gpu", "arguments", "compile_case", "main", "record", "usage"]
 
 TARGETS = {"sm80": ("cuda", 80, 32), "sm90": ("cuda", 90, 32), "sm100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
 
@@ -72,34 +72,30 @@ class Row:
     stages: int
 
 
-def _record(case: Case) -> list[tuple[Any, tuple, dict[str, Any]]]:
-    """The launches of one forward and backward."""
+def arguments(case: Case, make: Callable[[tuple[int, ...], torch.dtype], torch.Tensor]) -> tuple[tuple, Callable[..., tuple]]:
+    """The arguments of ``bdm_forward``, its tensors by ``make``; and what makes those of ``bdm_backward`` from its results."""
+    n = case.prefix + case.grid[0] * case.grid[1]
+    wide = _F64 if case.x == _F64 else _F32
+    x = make((case.batch, n, case.dim), case.x)
+    if case.heads > 1:  # the key third of a fused qkv projection
+        key = make((case.batch, n, 3, case.heads, case.channels), case.key).permute(2, 0, 3, 1, 4)[1]
+    else:
+        key = make((case.batch, n, case.channels), case.key)
+    size = make((case.batch, n, 1), wide) if case.sized else None
+    down = make((case.hidden, case.channels), wide) if case.hidden else None
+    up = make((case.channels, case.hidden), wide) if case.hidden else None
+    inputs, problem = (x, key, size, down, up, None, None), (None, None, *case.grid, case.prefix, 1.0, True)
+    needs = (True, case.sized, bool(case.hidden), not case.hidden, False)
+    return (*inputs, *problem), lambda *results: (results[0], results[1], *inputs, *results, *problem, *needs)
+
+
+def record(case: Case) -> list[tuple[Any, tuple, dict[str, Any]]]:
+    """The launches of one forward and backward, on tensors without storage."""
     from . import ops
 
-    def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    n = case.prefix + case.grid[0] * case.grid[1]
-    num_a, num_b = (case.grid[0] * case.grid[1] + 1) // 2, case.grid[0] * case.grid[1] // 2
-    wide = _F64 if case.x == _F64 else _F32
-    x = meta(case.batch, n, case.dim, dtype=case.x)
-    key = meta(case.batch, n, case.channels, dtype=case.key)
-    if case.heads > 1:  # the key third of a fused qkv projection
-        qkv = meta(case.batch, n, 3, case.heads, case.channels, dtype=case.key)
-        key = qkv.permute(2, 0, 3, 1, 4)[1]
-    size = meta(case.batch, n, 1, dtype=wide) if case.sized else None
-    down = meta(case.hidden, case.channels, dtype=wide) if case.hidden else None
-    up = meta(case.channels, case.hidden, dtype=wide) if case.hidden else None
-    tokens = meta(case.batch, case.prefix + num_b, case.dim, dtype=case.x)
-    merged_size = meta(case.batch, case.prefix + num_b, 1, dtype=wide)
-    index, mid = meta(case.batch, num_a, dtype=torch.int64), meta(case.batch, num_a, dtype=wide)
-    problem = (None, None, *case.grid, case.prefix, 1.0, True)
+    forward, backward = arguments(case, lambda shape, dtype: torch.empty(shape, dtype=dtype, device="meta"))
     with ops.recording() as launches:
-        ops._launch_forward(x, key, size, down, up, None, None, *problem)
-        ops._launch_backward(
-            tokens, merged_size, x, key, size, down, up, None, None, tokens, merged_size, index, index, mid, *problem,
-            True, case.sized, bool(case.hidden), not case.hidden, False,
-        )  # fmt: skip
+        ops._launch_backward(*backward(*ops._launch_forward(*forward)))
     return launches
 
 
@@ -172,7 +168,7 @@ def _amd_usage(assembly: str) -> tuple[int | None, int | None]:
 def compile_case(case: Case, target: str, kernels: tuple[str, ...] = ()) -> list[Row]:
     """Compiles the launches of one case for one target; ``kernels`` keeps only those of that name."""
     with absent_gpu(target):
-        launches = [launch for launch in _record(case) if not kernels or launch[0].fn.__name__ in kernels]
+        launches = [launch for launch in record(case) if not kernels or launch[0].fn.__name__ in kernels]
         return [usage(*launch, case.name, target) for launch in launches]
 
 
