@@ -85,7 +85,7 @@ FPET_DEVICE void rank(TopTwo<float> (&best)[2], const Tiles<Q>& high, const Tile
 // Keys of two tokens, ready for products, and by what to multiply these.
 template <class S, bool split, int Q>
 FPET_DEVICE void prepare(Tiles<Q>& high, Tiles<Q>& low, float (&unscale)[2], const ShortForward& k, const Weights& weights,
-                         int64_t image, const int64_t (&token)[2]) {
+                         int64_t image, const int (&token)[2]) {
   if constexpr (split) {
     Strip<Q> keys;
     refined_keys(keys, weights, k.p, k.reads, image, token);
@@ -100,60 +100,65 @@ FPET_DEVICE void prepare(Tiles<Q>& high, Tiles<Q>& low, float (&unscale)[2], con
   }
 }
 
+// Keeps what rows g and g + 8 of a strip have found; `writes` its results to memory, too.
+FPET_DEVICE void keep_match(const ShortForward& k, TopTwo<float> (&best)[2], int64_t image, int row, bool writes) {
+  const int num_a = int(k.p.num_a);
+  uint32_t* members = (uint32_t*)(shared_memory() + k.layout.members);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    best[i].merge_lane(1);
+    best[i].merge_lane(2);
+    const int source = row + (lane_index() >> 2) + 8 * i;
+    if ((lane_index() & 3) != 0 || source >= num_a) continue;
+    float mid;
+    best[i].settle(int(k.p.num_b), &mid);
+    atomicOr(members + best[i].first_at * k.layout.words + source / 32, 1u << (source & 31));
+    if (!writes) continue;
+    const int64_t to = image * num_a + source;
+    k.out.match[to] = k.p.prefix + best[i].first_at;
+    k.out.second[to] = k.p.prefix + best[i].second_at;
+    ((float*)k.out.mid)[to] = mid;
+  }
+}
+
 template <class S, bool split, int Q>
 FPET_DEVICE void match_image(const ShortForward& k, int64_t image, bool writes) {
   char* memory = shared_memory();
   const Layout& at = k.layout;
-  const int num_a = int(k.p.num_a), num_b = int(k.p.num_b), prefix = int(k.p.prefix);
-  const int *token_a = (const int*)(memory + at.token_a), *token_b = (const int*)(memory + at.token_b);
-  float* unscale_b = (float*)(memory + at.unscale_b);
-  uint32_t* members = (uint32_t*)(memory + at.members);
-  uint16_t* keys_b = (uint16_t*)(memory + at.keys);
-  const int g = lane_index() >> 2, t = lane_index() & 3;
+  const int stride = plane_stride(k.groups);
   const Weights weights(memory + at.weights, k.hidden_groups, k.groups);
   if (split && k.p.hidden) fill_weights<Q>(weights, k.p, k.reads.down, k.reads.up);
   __syncthreads();  // positions and weights
 
-  const int stride = plane_stride(k.groups);
-  for (int row = 16 * warp_index(); row < at.plane_rows; row += 16 * kWarps) {
-    int64_t token[2];
-    Tiles<Q> high, low;
-    float unscale[2];
+  // Destinations, then sources: one copy of the code that prepares keys.
+#pragma unroll 1
+  for (int matching = 0; matching < 2; ++matching) {
+    const int rows = int(matching ? k.p.num_a : k.p.num_b);
+    const int* tokens = (const int*)(memory + (matching ? at.token_a : at.token_b));
+#pragma unroll 1
+    for (int row = 16 * warp_index(); row < rows; row += 16 * kWarps) {
+      const int g = lane_index() >> 2, t = lane_index() & 3;
+      int token[2];
+      Tiles<Q> high, low;
+      float unscale[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) token[i] = row + g + 8 * i < num_b ? token_b[row + g + 8 * i] : -1;
-    prepare<S, split>(high, low, unscale, k, weights, image, token);
-    store_tiles(keys_b, stride, row, high, k.groups);
-    if (split) store_tiles(keys_b + at.plane_rows * stride, stride, row, low, k.groups);
+      for (int i = 0; i < 2; ++i) token[i] = row + g + 8 * i < rows ? tokens[row + g + 8 * i] : -1;
+      prepare<S, split>(high, low, unscale, k, weights, image, token);
+      uint16_t* keys_b = (uint16_t*)(memory + at.keys);
+      float* unscale_b = (float*)(memory + at.unscale_b);
+      if (matching) {
+        TopTwo<float> best[2];
+        rank<S, split>(best, high, low, unscale, keys_b, unscale_b, at.plane_rows, k.groups);
+        keep_match(k, best, image, row, writes);
+      } else {
+        store_tiles(keys_b, stride, row, high, k.groups);
+        if (split) store_tiles(keys_b + at.plane_rows * stride, stride, row, low, k.groups);
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (t == 0) unscale_b[row + g + 8 * i] = token[i] < 0 ? NAN : unscale[i];
-  }
-  __syncthreads();
-
-  for (int row = 16 * warp_index(); row < num_a; row += 16 * kWarps) {
-    int64_t token[2];
-    Tiles<Q> high, low;
-    float unscale[2];
-    TopTwo<float> best[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) token[i] = row + g + 8 * i < num_a ? token_a[row + g + 8 * i] : -1;
-    prepare<S, split>(high, low, unscale, k, weights, image, token);
-    rank<S, split>(best, high, low, unscale, keys_b, unscale_b, at.plane_rows, k.groups);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      best[i].merge_lane(1);
-      best[i].merge_lane(2);
-      const int source = row + g + 8 * i;
-      if (t != 0 || source >= num_a) continue;
-      float mid;
-      best[i].settle(num_b, &mid);
-      atomicOr(members + best[i].first_at * at.words + source / 32, 1u << (source & 31));
-      if (!writes) continue;
-      const int64_t to = image * num_a + source;
-      k.out.match[to] = prefix + best[i].first_at;
-      k.out.second[to] = prefix + best[i].second_at;
-      ((float*)k.out.mid)[to] = mid;
+        for (int i = 0; i < 2; ++i)
+          if (t == 0) unscale_b[row + g + 8 * i] = token[i] < 0 ? NAN : unscale[i];
+      }
     }
+    __syncthreads();
   }
 }
 
@@ -289,6 +294,12 @@ FPET_DEVICE void merge_rows(const ShortForward& k, int64_t image, int part) {
   }
 }
 
+// Starts fetching `rows` rows of `bytes` into the second-level cache.
+FPET_DEVICE void prefetch_block(const char* p, int rows, int64_t row_stride, int bytes) {
+  const int lines = ceil_div(bytes, 128);
+  for (int i = int(threadIdx.x); i < rows * lines; i += kThreads) prefetch_l2(p + i / lines * row_stride + 128 * (i % lines));
+}
+
 // S is the type of keys whose products are exact as they are; split, float32 keys and those that something is added to.
 template <class S, bool split, int Q>
 __global__ void __launch_bounds__(kThreads, Q <= 2 ? 2 : 1) merge_short(const __grid_constant__ ShortForward k) {
@@ -299,11 +310,16 @@ __global__ void __launch_bounds__(kThreads, Q <= 2 ? 2 : 1) merge_short(const __
   const int part = int(blockIdx.x % unsigned(k.parts)), thread = int(threadIdx.x);
   const int num_a = int(p.num_a), num_b = int(p.num_b);
 
-  if (k.vectors && k.prefetch_rows) {
-    const int bytes = 16 * min(k.part_units, k.units - part * k.part_units), lines = ceil_div(bytes, 128);
-    const char* x = (const char*)p.x.data + image * p.x.stride[0] * size_of(p.x.dtype) + int64_t(16) * part * k.part_units;
-    for (int i = thread; i < k.prefetch_rows * lines; i += kThreads)
-      prefetch_l2(x + i / lines * (p.x.stride[1] * size_of(p.x.dtype)) + 128 * (i % lines));
+  if (k.reads.key) {
+    const int64_t bytes = size_of(p.key.dtype);
+    const char* key = (const char*)p.key.data + image * p.key.stride[0] * bytes;
+    for (int head = 0; head < int(p.heads); ++head)
+      prefetch_block(key + head * p.key.stride[1] * bytes, int(p.tokens), p.key.stride[2] * bytes, int(p.channels * bytes));
+  }
+  if (k.vectors) {
+    const int64_t bytes = size_of(p.x.dtype);
+    prefetch_block((const char*)p.x.data + image * p.x.stride[0] * bytes + int64_t(16) * part * k.part_units, k.prefetch_rows,
+                   p.x.stride[1] * bytes, 16 * min(k.part_units, k.units - part * k.part_units));
   }
   for (int i = thread; i < num_a + num_b; i += kThreads) {
     const bool is_a = i < num_a;
@@ -316,7 +332,6 @@ __global__ void __launch_bounds__(kThreads, Q <= 2 ? 2 : 1) merge_short(const __
   if (thread == 0) *(int*)(memory + at.next_row) = 0;
 
   match_image<S, split, Q>(k, image, part == 0);
-  __syncthreads();
 
   if (p.x.dtype == DType::f32) {
     k.vectors ? merge_rows<float, true>(k, image, part) : merge_rows<float, false>(k, image, part);
@@ -341,14 +356,14 @@ CudaStatus start(const ShortForward& k, cudaStream_t stream) {
 
 template <class S, bool split>
 CudaStatus start_width(const ShortForward& k, cudaStream_t stream) {
-  return k.groups <= 2 ? start<S, split, 2>(k, stream) : start<S, split, 4>(k, stream);
+  return k.groups <= 2 && k.hidden_groups <= kHiddenGroups<2> ? start<S, split, 2>(k, stream) : start<S, split, 4>(k, stream);
 }
 
 }  // namespace
 
 bool forward_short_takes(const Problem& p) {
   const bool split = splits_keys(p);
-  if (p.wide_scores || p.x.dtype == DType::f64 || p.channels > 128 || p.hidden > 32 * kHiddenGroups) return false;
+  if (p.wide_scores || p.x.dtype == DType::f64 || p.channels > 128 || p.hidden > 32 * kHiddenGroups<4>) return false;
   if (p.num_a > kMaxSources || p.num_b > (split ? kMaxSplitDestinations : kMaxDestinations)) return false;
   if (p.tokens > INT32_MAX) return false;
   return size_t(Layout(p, groups_of(p.channels), groups_of(p.hidden), split).total) <= limits().shared_per_block;

@@ -13,14 +13,15 @@
 namespace fpet {
 namespace cuda {
 
-constexpr int kHiddenGroups = 2;  // hidden units of the refinement on matrix units, in groups of 32
-
 FPET_DEVICE int column_position(int c) { return (c & ~30) | ((c << 2) & 24) | ((c >> 2) & 6); }
 
 template <int Q>
 struct Strip {
   float v[Q][2][8];
 };
+// Groups of 32 hidden units that go with Q groups of channels: more would not fit into registers.
+template <int Q>
+constexpr int kHiddenGroups = Q / 2;
 // The same as pairs of 16 bits.
 template <int Q>
 struct Tiles {
@@ -93,7 +94,7 @@ FPET_DEVICE void add_eight(float (&v)[8], const View& view, int64_t offset, int6
 
 // Rows r[0] and r[1] of a matrix, -1 for a row of zeros.
 template <int Q>
-FPET_DEVICE void load_strip(Strip<Q>& s, const View& view, const int64_t (&r)[2], int64_t base, int64_t row_stride,
+FPET_DEVICE void load_strip(Strip<Q>& s, const View& view, const int (&r)[2], int64_t base, int64_t row_stride,
                             int64_t column_stride, int columns, bool eight) {
   const int t = lane_index() & 3;
 #pragma unroll
@@ -107,13 +108,13 @@ FPET_DEVICE void load_strip(Strip<Q>& s, const View& view, const int64_t (&r)[2]
 }
 
 template <class S, int Q>
-FPET_DEVICE void sum_heads(Strip<Q>& s, const Problem& p, int64_t image, const int64_t (&token)[2]) {
+FPET_DEVICE void sum_heads(Strip<Q>& s, const Problem& p, int64_t image, const int (&token)[2]) {
   const int t = lane_index() & 3;
   const S* row[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i)
     row[i] = (const S*)p.key.data + image * p.key.stride[0] + (token[i] < 0 ? 0 : token[i]) * p.key.stride[2] + 8 * t;
-#pragma unroll 2
+#pragma unroll(sizeof(S) == 2 ? 2 : 1)
   for (int head = 0; head < int(p.heads); ++head) {
     Eight<S> part[Q][2];
 #pragma unroll
@@ -131,7 +132,7 @@ FPET_DEVICE void sum_heads(Strip<Q>& s, const Problem& p, int64_t image, const i
 
 // Keys of two tokens, averaged over heads; -1: zeros. `eight`: reads_eight of the key.
 template <int Q>
-FPET_DEVICE void load_keys(Strip<Q>& s, const Problem& p, int64_t image, const int64_t (&token)[2], bool eight) {
+FPET_DEVICE void load_keys(Strip<Q>& s, const Problem& p, int64_t image, const int (&token)[2], bool eight) {
 #pragma unroll
   for (int q = 0; q < Q; ++q)
 #pragma unroll
@@ -169,7 +170,7 @@ FPET_DEVICE void load_keys(Strip<Q>& s, const Problem& p, int64_t image, const i
 
 // 16-bit keys as they are stored; no mean over heads.
 template <int Q>
-FPET_DEVICE void load_raw_keys(Tiles<Q>& s, const Problem& p, int64_t image, const int64_t (&token)[2], bool eight) {
+FPET_DEVICE void load_raw_keys(Tiles<Q>& s, const Problem& p, int64_t image, const int (&token)[2], bool eight) {
   const int t = lane_index() & 3;
 #pragma unroll
   for (int q = 0; q < Q; ++q)
@@ -303,29 +304,36 @@ FPET_DEVICE void multiply_raw(float (&d)[2][4], const Tiles<Q>& a, const uint16_
   }
 }
 
-// The same of numbers split in two; the low parts of the right factor lie `low_offset` elements behind the high ones. `no_low`:
-// the left factor has none.
+// One step over 16 columns of numbers split in two; the low parts of the right factor lie `low_offset` elements behind the high
+// ones. `no_low`: the left factor has none. The small products are summed apart.
+FPET_DEVICE void split_step(float (&d)[2][4], float (&small)[2][4], const uint32_t (&left)[4], const uint32_t (&left_low)[4],
+                            const uint16_t* right, int low_offset, bool no_low) {
+  uint32_t both[4], both_low[4];
+  ldmatrix(both, right);
+  ldmatrix(both_low, right + low_offset);
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const uint32_t b[2] = {both[2 * n], both[2 * n + 1]}, b_low[2] = {both_low[2 * n], both_low[2 * n + 1]};
+    mma_exact<f16>(d[n], left, b);
+    mma_f16(small[n], left, b_low);
+    if (!no_low) mma_f16(small[n], left_low, b);
+  }
+}
+
+// multiply_raw of numbers split in two.
 template <int Q>
 FPET_DEVICE void multiply_split(float (&d)[2][4], const Tiles<Q>& high, const Tiles<Q>& low, const uint16_t* right,
-                                int low_offset, int groups, bool no_low = false) {
+                                int low_offset, int groups) {
   float small[2][4] = {};
 #pragma unroll
   for (int q = 0; q < Q; ++q) {
     if (q >= groups) break;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      uint32_t left[4], left_low[4], both[4], both_low[4];
+      uint32_t left[4], left_low[4];
       left_fragment(left, high, q, h);
       left_fragment(left_low, low, q, h);
-      ldmatrix(both, right + 32 * q + 16 * h);
-      ldmatrix(both_low, right + low_offset + 32 * q + 16 * h);
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const uint32_t b[2] = {both[2 * n], both[2 * n + 1]}, b_low[2] = {both_low[2 * n], both_low[2 * n + 1]};
-        mma_exact<f16>(d[n], left, b);
-        mma_f16(small[n], left, b_low);
-        if (!no_low) mma_f16(small[n], left_low, b);
-      }
+      split_step(d, small, left, left_low, right + 32 * q + 16 * h, low_offset, false);
     }
   }
 #pragma unroll
@@ -365,7 +373,7 @@ FPET_DEVICE void store_weights(const View& view, int rows, int columns, bool eig
   Strip<Q> s;
   Tiles<Q> high, low;
   float scale[2];
-  int64_t row[2];
+  int row[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     row[i] = column_position(16 * strip + g + 8 * i);
@@ -390,45 +398,67 @@ FPET_DEVICE void fill_weights(const Weights& w, const Problem& p, bool down_eigh
       store_weights<Q>(p.w_down, int(p.hidden), int(p.channels), down_eight, s, w.down, w.down_low(), w.channel_groups,
                        w.down_unscale);
     else
-      store_weights<kHiddenGroups>(p.w_up, int(p.channels), int(p.hidden), up_eight, s - down_strips, w.up, w.up_low(),
-                                   w.hidden_groups, w.up_unscale);
+      store_weights<kHiddenGroups<Q>>(p.w_up, int(p.channels), int(p.hidden), up_eight, s - down_strips, w.up, w.up_low(),
+                                      w.hidden_groups, w.up_unscale);
   }
 }
 
 // key += scale · ReLU(key W_downᵀ) ⊙ mask W_upᵀ. `short_key`: the key has no more than f16's 11 bits.
 template <int Q>
-FPET_DEVICE void refine(Strip<Q>& key, const Weights& w, const Problem& p, int64_t image, const int64_t (&token)[2],
-                        bool short_key, bool mask_eight) {
+FPET_DEVICE void refine(Strip<Q>& key, const Weights& w, const Problem& p, int64_t image, const int (&token)[2], bool short_key,
+                        bool mask_eight) {
+  constexpr int H = kHiddenGroups<Q>;
   const int t = lane_index() & 3;
-  Strip<kHiddenGroups> hidden;
+  Strip<H> hidden;
   float scale[2];
   {
-    Tiles<Q> high, low;
     split_scales(scale, key);
-    split_strip(high, low, key, scale);
     const float unscale[2] = {1.f / scale[0], 1.f / scale[1]};
     const int stride = plane_stride(w.channel_groups);
     const uint16_t* right = right_address(w.down, stride);
+    float d[H][2][2][4] = {}, small[H][2][2][4] = {};
+    // Sixteen columns of the key are split at a time: those of all would fill the registers.
 #pragma unroll
-    for (int q = 0; q < kHiddenGroups; ++q)
+    for (int q = 0; q < Q; ++q) {
+      if (q >= w.channel_groups) break;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float d[2][4] = {};
-        if (q < w.hidden_groups)
-          multiply_split(d, high, low, right + (32 * q + 16 * h) * stride, w.down_low(), w.channel_groups, short_key);
+        uint32_t left[4], left_low[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* pair = &key.v[q][i & 1][4 * h + (i & 2)];
+          const SplitPair split = split_pair(pair[0] * scale[i & 1], pair[1] * scale[i & 1]);
+          left[i] = split.high;
+          left_low[i] = split.low;
+        }
+#pragma unroll
+        for (int units = 0; units < H; ++units) {
+          if (units >= w.hidden_groups) break;
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            split_step(d[units][half], small[units][half], left, left_low,
+                       right + (32 * units + 16 * half) * stride + 32 * q + 16 * h, w.down_low(), short_key);
+        }
+      }
+    }
+#pragma unroll
+    for (int units = 0; units < H; ++units)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            const int at = 4 * h + 2 * n + e % 2;
-            const float unit = q < w.hidden_groups ? d[n][e] * unscale[e / 2] * w.down_unscale[32 * q + 8 * t + at] : 0.f;
-            hidden.v[q][e / 2][at] = unit < 0.f ? 0.f : unit;  // NaN passes
+            const int at = 4 * half + 2 * n + e % 2;
+            const float unit = units < w.hidden_groups ? (d[units][half][n][e] + small[units][half][n][e]) * unscale[e / 2] *
+                                                             w.down_unscale[32 * units + 8 * t + at]
+                                                       : 0.f;
+            hidden.v[units][e / 2][at] = unit < 0.f ? 0.f : unit;  // NaN passes
           }
-      }
   }
   if (p.dropout_mask.data) {
 #pragma unroll
-    for (int q = 0; q < kHiddenGroups; ++q)
+    for (int q = 0; q < H; ++q)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (token[i] < 0) continue;
@@ -439,7 +469,7 @@ FPET_DEVICE void refine(Strip<Q>& key, const Weights& w, const Problem& p, int64
         for (int e = 0; e < 8; ++e) hidden.v[q][i][e] *= keep[e];
       }
   }
-  Tiles<kHiddenGroups> high, low;
+  Tiles<H> high, low;
   split_scales(scale, hidden);
   split_strip(high, low, hidden, scale);
   const float unscale[2] = {1.f / scale[0], 1.f / scale[1]}, factor = float(p.scale);
@@ -481,7 +511,7 @@ struct KeyReads {
 // k' of two tokens: mean over heads, refinement, delta.
 template <int Q>
 FPET_DEVICE void refined_keys(Strip<Q>& s, const Weights& w, const Problem& p, const KeyReads& reads, int64_t image,
-                              const int64_t (&token)[2]) {
+                              const int (&token)[2]) {
   load_keys(s, p, image, token, reads.key);
   if (p.hidden) {
     const bool short_key = p.heads == 1 && (p.key.dtype == DType::bf16 || p.key.dtype == DType::f16);

@@ -214,16 +214,25 @@ void run_block(dim3 index) {
     fiber.warp = int(i / 32);
     prepare(fiber);
   }
-  std::vector<unsigned> order(count);
+  // One warp runs for as long as it can before the next one does, so that what a barrier should have held back shows.
+  std::vector<unsigned> warp_order((count + 31) / 32), lane_order;
   while (threads_left) {
-    arrange(order);
+    arrange(warp_order);
     bool moved = false;
-    for (const unsigned i : order) {
-      Fiber& fiber = *fibers[i];
-      if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
-      self = &fiber;
-      switch_to(&scheduler, &fiber.context);
-      moved = true;
+    for (const unsigned w : warp_order) {
+      lane_order.resize(std::min(32u, count - 32 * w));
+      for (bool again = true; again;) {
+        again = false;
+        arrange(lane_order);
+        for (const unsigned lane : lane_order) {
+          Fiber& fiber = *fibers[32 * w + lane];
+          if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
+          self = &fiber;
+          switch_to(&scheduler, &fiber.context);
+          moved = again = true;
+        }
+        if (options.order == Order::shuffled && rng() % 16 == 0) break;
+      }
     }
     if (moved) continue;
     std::fprintf(stderr, "%s, block %u: threads wait for each other\n", kernel_name, index.x);

@@ -86,10 +86,8 @@ inline void encode(char* p, DType t, double v) {
     uint32_t bits;
     std::memcpy(&bits, &f, 4);
     const uint16_t upper = uint16_t(bits >> 16);
-    if (t == DType::f32)
-      std::memcpy(p, &f, 4);
-    else
-      std::memcpy(p, &upper, 2);
+    if (t == DType::f32) std::memcpy(p, &f, 4);
+    else std::memcpy(p, &upper, 2);
   } else {
     uint16_t half = std::signbit(v) ? 0x8000 : 0;
     if (std::isnan(v)) {
