@@ -385,7 +385,7 @@ class FPETBlipVisionModel(_MergingEncoder, modeling_blip.BlipVisionModel):
         return self.post_layernorm(tokens[:, 0])  # once more, as transformers does
 
 
-# From transformers 5.? on a CLIPVisionModel is the encoder; before, it holds one.
+# In transformers 5 a CLIPVisionModel is the encoder; before, it holds one. So it is with SigLIP.
 _CLIP_VISION: Any = getattr(modeling_clip, "CLIPVisionTransformer", modeling_clip.CLIPVisionModel)
 _SIGLIP_VISION: Any = getattr(modeling_siglip, "SiglipVisionTransformer", modeling_siglip.SiglipVisionModel)
 
@@ -487,7 +487,7 @@ class FPETBlipCrossAttention(modeling_blip_text.BlipTextSelfAttention):
         width = self.attention_head_size
         q, k, v = _heads(self.query(hidden_states), width), _heads(self.key(tokens), width), _heads(self.value(tokens), width)
         out, weights = _weighed_attention(
-            q, k, v, scale=1 / math.sqrt(width), sizes=SizeBias(log_size), how=self.fpet_attention or "eager",
+            q, k, v, scale=1 / math.sqrt(width), sizes=SizeBias(log_size, "mask"), how=self.fpet_attention or "eager",
             dropout=self.dropout,
         )  # fmt: skip
         return out.transpose(1, 2).flatten(2), weights

@@ -121,7 +121,8 @@ def prepare(model: nn.Module, config: RetrievalConfig) -> nn.Module:
     add_uniadapters(model, config.adapter_dim, scale=config.adapter_scale)
     if config.grad_checkpointing:
         # Re-entrant checkpointing gives no gradient behind frozen inputs.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # type: ignore[operator]
     return freeze(model)
 
 
@@ -531,7 +532,10 @@ def tiny_blip(width: int = 64, depth: int = 4, image_size: int = 32, patch_size:
     """A BlipForImageTextRetrieval with random weights that a CPU can train."""
     from transformers import BlipConfig, BlipForImageTextRetrieval
 
-    both = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": depth, "num_attention_heads": 4}
+    both = {
+        "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": depth, "num_attention_heads": 4,
+        "initializer_range": width**-0.5,  # transformers' 0.02 is for wide models
+    }  # fmt: skip
     text = {
         "vocab_size": vocabulary, "encoder_hidden_size": width, "max_position_embeddings": 64, "pad_token_id": 0,
         "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3,

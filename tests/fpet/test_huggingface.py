@@ -1,0 +1,556 @@
+"""Merging in transformers' vision encoders, against a straightforward implementation in float64 and transformers' own code."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+transformers = pytest.importorskip("transformers", reason="fpet.huggingface needs transformers")
+
+from transformers import (  # noqa: E402
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from fpet import huggingface as hf  # noqa: E402
+
+WIDTH, DEPTH, HEADS, SIDE, PATCH = 32, 3, 4, 40, 8
+GRID = SIDE // PATCH  # odd: 13 of 25 patches are sources
+VISION = {
+    "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS,
+    "image_size": SIDE, "patch_size": PATCH,
+}  # fmt: skip
+TEXT = {
+    "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS,
+    "encoder_hidden_size": WIDTH, "vocab_size": 30, "max_position_embeddings": 16, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "sep_token_id": 2,
+}  # fmt: skip
+FAMILIES = {
+    "blip": lambda: BlipVisionModel(BlipVisionConfig(**VISION)),
+    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**VISION)),
+    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**VISION)),
+    "vit": lambda: ViTModel(ViTConfig(**VISION)),
+}
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """transformers' initialisation makes every branch all but zero, and a test blind to it."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.5 if p.dim() < 2 else 1.5 / math.sqrt(p.shape[-1])))
+    return model
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    torch.manual_seed(0)
+    return spread(FAMILIES[request.param]()).double().eval()
+
+
+@pytest.fixture
+def retrieval():
+    return spread(BlipForImageTextRetrieval(BlipConfig(vision_config=VISION, text_config=TEXT))).double().eval()
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.fixture
+def texts():
+    ids = torch.randint(3, 30, (2, 7), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones(2, 7, dtype=torch.long)
+    ids[1, 5:], mask[1, 5:] = 0, 0
+    return ids, mask
+
+
+def tensors(output):
+    return [value for value in output.to_tuple() if torch.is_tensor(value)]
+
+
+def same(a, b):
+    return len(a) == len(b) > 0 and all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def close(a, b, tolerance=1e-9):
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= tolerance * max(1.0, b.abs().max().item())
+
+
+# --- the straightforward implementation --------------------------------------------------------------------------------------
+
+
+def attention(q, k, v, size=None):
+    """(B, N, D), heads side by side; each key counts ``size`` (B, N) times."""
+    q, k, v = (t.view(*t.shape[:2], HEADS, -1).transpose(1, 2) for t in (q, k, v))
+    weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).exp()
+    if size is not None:
+        weights = weights * size[:, None, None, :]
+    return (weights / weights.sum(-1, keepdim=True) @ v).transpose(1, 2).flatten(2)
+
+
+def merge(x, key, size, prefix, refinement, similarity="cosine"):
+    """Section 3.2 of the paper, one image at a time; hard in the forward, soft in the backward."""
+    tokens, sizes = [], []
+    cells = [(r, c) for r in range(GRID) for c in range(GRID)]
+    a = [prefix + i for i, (r, c) in enumerate(cells) if (r + c) % 2 == 0]
+    b = [prefix + i for i, (r, c) in enumerate(cells) if (r + c) % 2 == 1]
+    for xi, ki, ni in zip(x, key, size, strict=True):
+        ki = ki.view(len(ki), HEADS, -1).mean(1).detach()
+        if refinement is not None:
+            ki = ki + F.relu(ki @ refinement.down_weight().t()) @ refinement.up_weight().t()
+        if similarity == "cosine":
+            ki = F.normalize(ki, dim=-1)
+        scores = ki[a] @ ki[b].t()
+        soft = (scores - scores.topk(2, dim=1).values.mean(1, keepdim=True)).sigmoid()
+        hard = F.one_hot(scores.argmax(1), len(b)).to(soft)
+        match = (hard + soft - soft.detach()).t()
+        n = ni[b] + match @ ni[a]
+        y = (xi[b] * ni[b, None] + match @ (xi[a] * ni[a, None])) / n[:, None]
+        tokens.append(torch.cat((xi[:prefix], y)))
+        sizes.append(torch.cat((ni[:prefix], n)))
+    return torch.stack(tokens), torch.stack(sizes)
+
+
+def parts(layer):
+    """norm before attention; q, k, v; projection; norm before the MLP; MLP."""
+    if hasattr(layer, "self_attn"):
+        a = layer.self_attn
+        qkv = (lambda x: a.qkv(x).chunk(3, -1)) if hasattr(a, "qkv") else lambda x: (a.q_proj(x), a.k_proj(x), a.v_proj(x))
+        project = a.projection if hasattr(a, "projection") else a.out_proj
+        return layer.layer_norm1, qkv, project, layer.layer_norm2, layer.mlp
+    if hasattr(layer, "intermediate"):  # ViT in transformers 4
+        a = layer.attention.attention
+        return (
+            layer.layernorm_before, lambda x: (a.query(x), a.key(x), a.value(x)), layer.attention.output.dense,
+            layer.layernorm_after, lambda x: layer.output.dense(layer.intermediate(x)),
+        )  # fmt: skip
+    a = layer.attention
+    return layer.layernorm_before, lambda x: (a.q_proj(x), a.k_proj(x), a.v_proj(x)), a.o_proj, layer.layernorm_after, layer.mlp
+
+
+def straightforward(encoder, images, layer, similarity="cosine"):
+    """Tokens (B, M, D) after the final norm, and sizes (B, M)."""
+    x = encoder.embeddings(images)
+    if hasattr(encoder, "pre_layrnorm"):
+        x = encoder.pre_layrnorm(x)
+    size = x.new_ones(x.shape[:2])
+    for i, block in enumerate(hf.vision_layers(encoder)):
+        norm1, qkv, project, norm2, mlp = parts(block)
+        q, k, v = qkv(norm1(x))
+        x = x + project(attention(q, k, v, size))
+        if i == layer:
+            x, size = merge(x, k, size, x.shape[1] - GRID * GRID, getattr(block, "refinement", None), similarity)
+        x = x + mlp(norm2(x))
+    if "CLIP" in type(encoder).__name__:
+        return x, size
+    return (encoder.layernorm if hasattr(encoder, "layernorm") else encoder.post_layernorm)(x), size
+
+
+def straightforward_match(model, ids, mask, tokens, size):
+    """The text encoder with cross-attention over tokens that count ``size`` times, and the matching head."""
+    encoder = model.text_encoder
+    x = encoder.embeddings(input_ids=ids)
+    for layer in encoder.encoder.layer:
+        for block, memory, weight in ((layer.attention, x, mask.to(x)), (layer.crossattention, tokens, size)):
+            a = block.self
+            memory = x if memory is not tokens else tokens
+            out = attention(a.query(x), a.key(memory), a.value(memory), weight)
+            x = block.output.LayerNorm(block.output.dense(out) + x)
+        x = layer.output.LayerNorm(layer.output.dense(layer.intermediate(x)) + x)
+    return model.itm_head(x[:, 0])
+
+
+@pytest.mark.parametrize("how", ["eager", "sdpa"])
+@pytest.mark.parametrize("layer", [0, 1, DEPTH - 1])
+def test_agrees_with_a_straightforward_implementation(model, images, layer, how):
+    hf.apply(model, layer, refinement={"dropout": 0.0}, attention=how)
+    encoder = hf.find_vision_encoder(model)
+    refinement = hf.vision_layers(encoder)[layer].refinement
+    weight = torch.randn(2, 1, WIDTH, dtype=torch.float64)
+
+    got = hf.merged_features(model, images)
+    ((got.tokens * weight).sum() + (got.size**2).sum()).backward()
+    gradients = [p.grad.clone() for p in refinement.parameters()]
+    model.zero_grad()
+    tokens, size = straightforward(encoder, images, layer)
+    ((tokens * weight).sum() + (size**2).sum()).backward()
+
+    assert torch.equal(got.size.squeeze(-1).round(), size.round())
+    close(got.tokens, tokens)
+    for gradient, p in zip(gradients, refinement.parameters(), strict=True):
+        assert p.grad.abs().max() > 0
+        close(gradient, p.grad)
+
+
+def test_dot_similarity(model, images):
+    hf.apply(model, 1, similarity="dot")
+    tokens, _ = straightforward(hf.find_vision_encoder(model), images, 1, similarity="dot")
+    close(hf.merged_features(model, images).tokens, tokens)
+
+
+@pytest.mark.parametrize("how", [None, "sdpa"])
+def test_matching_agrees_with_a_straightforward_implementation(retrieval, images, texts, how):
+    hf.apply(retrieval, 1, refinement={"dropout": 0.0}, attention=how)
+    refinement = retrieval.vision_model.encoder.layers[1].refinement
+
+    got = retrieval(texts[0], images, attention_mask=texts[1]).itm_score
+    got.square().sum().backward()
+    gradients = [p.grad.clone() for p in refinement.parameters()]
+    retrieval.zero_grad()
+    want = straightforward_match(retrieval, *texts, *straightforward(retrieval.vision_model, images, 1))
+    want.square().sum().backward()
+
+    close(got, want)
+    for gradient, p in zip(gradients, refinement.parameters(), strict=True):
+        assert p.grad.abs().max() > 0
+        close(gradient, p.grad)
+
+
+def test_weighed_cross_attention_is_the_unmodified_one_over_every_position(retrieval, images, texts):
+    """What makes captioners and language models, which read every position, go on working."""
+    stock = copy.deepcopy(retrieval)
+    hf.apply(retrieval, 1)
+    got = retrieval(texts[0], images, attention_mask=texts[1])
+    assert got.last_hidden_state.shape == (2, 1 + GRID * GRID, WIDTH)
+    states = stock.text_encoder(
+        input_ids=texts[0], attention_mask=texts[1], encoder_hidden_states=got.last_hidden_state
+    ).last_hidden_state
+    close(got.itm_score, stock.itm_head(states[:, 0]))
+    plain = stock(texts[0], images, attention_mask=texts[1]).itm_score
+    assert (got.itm_score - plain).abs().max() > 1e-3  # else merging would have done nothing
+
+
+def test_without_weights_cross_attention_is_plain(retrieval, images, texts):
+    hf.apply(retrieval, 1, proportional_attention=False)
+    image, _ = hf.encode_image(retrieval, images)
+    assert image.size is None
+    states = retrieval.text_encoder(input_ids=texts[0], attention_mask=texts[1], encoder_hidden_states=image.tokens)
+    close(
+        retrieval(texts[0], images, attention_mask=texts[1]).itm_score, retrieval.itm_head(states.last_hidden_state[:, 0])
+    )  # fmt: skip
+
+
+# --- what stays as it was ------------------------------------------------------------------------------------------------------
+
+
+def test_without_merging_it_computes_what_it_did(model, images):
+    before, keys = model(images, output_hidden_states=True), list(model.state_dict())
+    hf.apply(model, None)
+    after = model(images, output_hidden_states=True)
+    assert same(tensors(before), tensors(after))
+    assert same(before.hidden_states, after.hidden_states)
+    assert list(model.state_dict()) == keys
+
+
+def test_retrieval_without_merging(retrieval, images, texts):
+    before = [retrieval(texts[0], images, use_itm_head=head, attention_mask=texts[1]).itm_score for head in (True, False)]
+    hf.apply(retrieval, None)
+    after = [retrieval(texts[0], images, use_itm_head=head, attention_mask=texts[1]).itm_score for head in (True, False)]
+    assert same(before, after)
+
+
+def test_remove_gives_the_model_back(model, images):
+    before, keys, classes = tensors(model(images)), list(model.state_dict()), [type(m) for m in model.modules()]
+    hf.apply(model, 1, refinement=True)
+    assert not same(before, tensors(model(images, output_hidden_states=True)))
+    hf.remove(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert list(model.state_dict()) == keys
+    assert same(before, tensors(model(images)))
+    assert hf.remove(model) is model
+
+
+def test_remove_from_retrieval(retrieval, images, texts):
+    before, classes = retrieval(texts[0], images).itm_score, [type(m) for m in retrieval.modules()]
+    hf.remove(hf.apply(retrieval, (0, 1), refinement=True))
+    assert [type(m) for m in retrieval.modules()] == classes
+    assert torch.equal(before, retrieval(texts[0], images).itm_score)
+
+
+def test_only_this_model_is_patched(model, images):
+    other = copy.deepcopy(model)
+    before = tensors(other(images))
+    hf.apply(model, 0)
+    assert same(before, tensors(other(images)))
+    assert hf.find_vision_encoder(other) is not None and not hasattr(hf.find_vision_encoder(other), "fpet_config")
+
+
+# --- what changes ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [1, (0, 2)])
+def test_later_layers_see_half_of_the_patches(model, images, layers):
+    hf.apply(model, layers)
+    encoder = hf.find_vision_encoder(model)
+    seen = []
+    for layer in hf.vision_layers(encoder):
+        layer.register_forward_hook(lambda module, args, out: seen.append((args[0].shape[1], out[0].shape[1])))
+    got = hf.merged_features(model, images)
+    prefix = got.source.shape[1] - GRID * GRID
+    full, once, twice = prefix + 25, prefix + 12, prefix + 6  # of 25 patches 12 are left, of these the 6 in odd rows
+    want = [(full, full), (full, once), (once, once)] if layers == 1 else [(full, once), (once, once), (once, twice)]
+    assert seen == want
+    assert got.tokens.shape == (2, want[-1][1], WIDTH)
+    assert torch.equal(got.size.sum(dim=(1, 2)), torch.full((2,), float(full), dtype=got.size.dtype))
+
+
+def test_every_original_position_is_given_its_token(model, images):
+    hf.apply(model, 1)
+    merged = hf.merged_features(model, images)
+    output = model(images, output_hidden_states=True, output_attentions=True)
+    full = merged.source.shape[1]
+    for row in range(2):
+        close(output.last_hidden_state[row], merged.tokens[row, merged.source[row]])
+        assert torch.equal(merged.source[row].bincount().to(merged.size), merged.size[row, :, 0])
+    assert [t.shape[1] for t in output.hidden_states] == [full] * (DEPTH + 1)
+    left = merged.tokens.shape[1]
+    assert [t.shape[-1] for t in output.attentions] == [full, full, left]
+    for weights in output.attentions:
+        close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+
+
+def test_pooling_by_attention_weighs_by_size(images):
+    model = spread(FAMILIES["siglip"]()).double().eval()
+    hf.apply(model, 1)
+    output = model(images)
+    head = hf.find_vision_encoder(model).head
+    close(output.pooler_output, head(output.last_hidden_state))
+
+
+def test_image_classification(images):
+    model = spread(ViTForImageClassification(ViTConfig(**VISION, num_labels=5))).double().eval()
+    before = model(images).logits
+    hf.apply(model, 0)
+    logits = model(images).logits
+    assert logits.shape == (2, 5) and not torch.allclose(logits, before)
+    tokens, _ = straightforward(model.vit, images, 0)
+    close(logits, model.classifier(tokens[:, 0]))
+
+
+def test_a_captioner_reads_every_position(images, texts):
+    model = spread(BlipForConditionalGeneration(BlipConfig(vision_config=VISION, text_config=TEXT))).double().eval()
+    hf.apply(model, 1)
+    logits = model(pixel_values=images, input_ids=texts[0], attention_mask=texts[1]).logits
+    states = model.vision_model(images).last_hidden_state
+    assert states.shape[1] == 1 + GRID * GRID
+    want = model.text_decoder(input_ids=texts[0], attention_mask=texts[1], encoder_hidden_states=states).logits
+    close(logits, want)
+
+
+def test_clip_as_a_whole(images):
+    text = {key: value for key, value in TEXT.items() if key not in ("encoder_hidden_size", "sep_token_id")}
+    model = spread(CLIPModel(CLIPConfig(vision_config=VISION, text_config=text))).double().eval()
+    hf.apply(model, 1)
+    output = model(input_ids=torch.randint(3, 30, (2, 6)), pixel_values=images)
+    encoder = hf.find_vision_encoder(model)
+    tokens, _ = straightforward(encoder, images, 1)
+    close(output.image_embeds, F.normalize(model.visual_projection(encoder.post_layernorm(tokens[:, 0])), dim=-1))
+
+
+def test_another_image_size(model):
+    hf.apply(model, 1)
+    images = torch.rand(1, 3, 32, 56, dtype=torch.float64)  # 4 × 7 patches
+    got = model(images, interpolate_pos_encoding=True).last_hidden_state
+    merged = hf.merged_features(model, images, interpolate_pos_encoding=True)
+    assert merged.tokens.shape[1] == merged.source.shape[1] - 14
+    assert torch.equal(got[0], merged.tokens[0, merged.source[0]])
+
+
+# --- gradients ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_no_gradient_reaches_the_backbone_through_the_keys(model, images):
+    """Sizes depend on the keys alone: the refinement learns from them, nothing else does."""
+    hf.apply(model, DEPTH - 1, refinement={"dropout": 0.0})
+    encoder = hf.find_vision_encoder(model)
+    hf.merged_features(model, images).size.square().sum().backward()
+    for name, p in encoder.named_parameters():
+        if "refinement" in name:
+            assert p.grad.abs().max() > 0, name
+        else:
+            assert p.grad is None or not p.grad.any(), name
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(model, images, reentrant):
+    hf.apply(model, 0, refinement={"dropout": 0.0})
+    model.train()
+
+    def gradients():
+        model.zero_grad()
+        x = images.clone().requires_grad_()
+        model(x).last_hidden_state.square().sum().backward()
+        return [x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    plain = gradients()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    layers = hf.vision_layers(hf.find_vision_encoder(model))
+    assert all(layer.gradient_checkpointing for layer in layers)
+    for a, b in zip(plain, gradients(), strict=True):
+        close(a, b, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reduced_precision_loses_no_token(model, images, dtype):
+    model.to(dtype)
+    hf.apply(model, 1, refinement=True)
+    merged = hf.merged_features(model, images.to(dtype))
+    assert merged.tokens.dtype == dtype and merged.tokens.isfinite().all()
+    assert (merged.size.sum(dim=(1, 2)) == merged.source.shape[1]).all()
+
+
+def test_autocast(retrieval, images, texts):
+    hf.apply(retrieval.float(), 1, refinement=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = retrieval(texts[0], images.float(), attention_mask=texts[1]).itm_score
+    want = retrieval(texts[0], images.float(), attention_mask=texts[1]).itm_score
+    assert scores.isfinite().all() and scores.shape == want.shape
+    scores.float().sum().backward()
+    assert retrieval.vision_model.encoder.layers[1].refinement.adapter_up.weight.grad.isfinite().all()
+
+
+# --- copies and files -----------------------------------------------------------------------------------------------------------------
+
+
+def test_copies_compute_the_same(model, images):
+    hf.apply(model, 1, refinement=True)
+    want = tensors(model(images))
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert same(want, tensors(copied(images)))
+        with torch.no_grad():
+            next(copied.parameters()).add_(1)
+        assert same(want, tensors(model(images)))
+
+
+def test_state_dict_goes_into_another_model(model, images):
+    hf.apply(model, 1, refinement=True)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other = copy.deepcopy(hf.remove(copy.deepcopy(model)))
+    spread(other.float()).double()
+    hf.apply(other, 1, refinement=True)
+    other.load_state_dict(torch.load(buffer))
+    assert same(tensors(model(images)), tensors(other(images)))
+
+
+def test_save_pretrained_names_the_original_class(retrieval, tmp_path):
+    hf.apply(retrieval, 1)
+    retrieval.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["BlipForImageTextRetrieval"]
+    again = BlipForImageTextRetrieval.from_pretrained(tmp_path)
+    assert again.state_dict().keys() == retrieval.state_dict().keys()
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------------------------------
+
+
+class Changed(ViTModel):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SwinModel(SwinConfig(embed_dim=16, depths=[1], num_heads=[2], image_size=32)), "no knowledge of a vision"),
+        (lambda: nn.Linear(2, 2), "no knowledge of a vision encoder"),
+        (lambda: Changed(ViTConfig(**VISION)), "Changed is a subclass of ViTModel"),
+        (lambda: nn.ModuleList([FAMILIES["vit"](), FAMILIES["clip"]()]), "holds 2 vision encoders"),
+        (lambda: nn.DataParallel(FAMILIES["vit"]()), "unwrapped model"),
+    ],
+)
+def test_models_that_are_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        hf.apply(make(), 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"layer": DEPTH}, ValueError, rf"range\({DEPTH}\)"),
+        ({"layer": (0, 0)}, ValueError, "at most once"),
+        ({"layer": "1"}, ValueError, "layer"),
+        ({"layer": 1.0}, TypeError, "layer: expected an int"),
+        ({"layer": 1, "similarity": "l2"}, ValueError, "similarity"),
+        ({"layer": 1, "attention": "flash"}, ValueError, "attention: expected 'eager', 'sdpa'"),
+        ({"layer": 1, "proportional_attention": "yes"}, ValueError, "proportional_attention"),
+        ({"layer": (0, 1), "refinement": nn.Identity()}, ValueError, "refinement: expected a dict"),
+        ({"layer": 1, "refinement": 3}, TypeError, "refinement"),
+        ({"layer": (0, 1, 2)}, None, ""),
+    ],
+)
+def test_arguments(arguments, error, message):
+    model = FAMILIES["vit"]()
+    classes = [type(m) for m in model.modules()]
+    if error is None:
+        hf.apply(model, **arguments)
+        return
+    with pytest.raises(error, match=message):
+        hf.apply(model, **arguments)
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_an_attention_that_cannot_weigh_is_refused():
+    model = FAMILIES["clip"]()
+    hf.find_vision_encoder(model).config._attn_implementation = "flash_attention_2"
+    with pytest.raises(TypeError, match="'flash_attention_2', which can't weigh tokens by size"):
+        hf.apply(model, 1)
+    hf.apply(model, 1, attention="sdpa")
+
+
+def test_a_replaced_forward_is_refused():
+    model = FAMILIES["blip"]()
+    layer = model.encoder.layers[0]
+    layer.forward = lambda *args, **kwargs: args[0]
+    with pytest.raises(TypeError, match="forward of its BlipEncoderLayer was replaced"):
+        hf.apply(model, 1)
+
+
+def test_arguments_that_merging_would_not_honour(images):
+    model = hf.apply(FAMILIES["vit"]().double(), 1)
+    with pytest.raises(TypeError, match="attention_mask"):
+        model(images, attention_mask=torch.ones(2, 26))
+    with pytest.raises(ValueError, match="pixel_values"):
+        model(None)
+    with pytest.raises(TypeError, match=r"patched by fpet\.huggingface\.apply"):
+        hf.merged_features(nn.Linear(2, 2), images)
+    with pytest.raises(TypeError, match="expected a BlipForImageTextRetrieval"):
+        hf.encode_image(model, images)
+
+
+def test_transformers_is_optional():
+    code = (
+        "import sys; import fpet; assert 'transformers' not in sys.modules; sys.modules['transformers'] = None\n"
+        "try: import fpet.huggingface\n"
+        "except ImportError as error: print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'transformers>=4.57'" in result.stdout
