@@ -96,6 +96,7 @@ class Config:
     accumulate: int = _option(1, "parts in which a process goes through its share of a batch")
     grad_checkpointing: bool = _option(False, "recompute blocks in the backward pass to save memory")
     compile: bool = _option(False, "torch.compile")
+    parallel: str = _option("ddp", "with several processes: ddp, a copy of the model in each; fsdp, its parameters shared out", ("ddp", "fsdp"))  # fmt: skip  # noqa: E501
     workers: int = _option(0, "processes that read images")
 
     output: str = _option("runs/default", "folder of the run")
@@ -108,7 +109,7 @@ class Config:
 
     FREE = (
         "data_dir", "device", "workers", "output", "checkpoint_epochs", "checkpoint_steps", "keep_checkpoints", "resume",
-        "logger", "progress", "eval_batch_size",
+        "logger", "progress", "eval_batch_size", "parallel",
     )  # fmt: skip
 
     def check(self, *, world_size: int = 1) -> None:
@@ -148,6 +149,7 @@ class Config:
         expect(self.train_count >= 10, "train_count", "at least 10")
         parts = world_size * self.accumulate
         expect(self.batch_size % parts == 0, "batch_size", f"a multiple of {world_size} processes × {self.accumulate} parts")
+        expect(not (self.compile and self.parallel == "fsdp"), "compile", "False with parallel='fsdp'")
         if self.data in FAMILIES:
             expect(self.task in task_names(self.data), "task", f"one of {', '.join(task_names(self.data))} for {self.data}")
         if self.data != "shapes":

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from .data import Dataset, batches
@@ -42,15 +43,20 @@ def evaluate(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = range(rank, len(dataset), world)
     chunks = [list(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
+    own = len(chunks)
+    if isinstance(model, FSDPModule) and own * batch_size * world < len(dataset):
+        chunks.append([0])  # every process has to take part in every forward: one has an image more
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     training = model.training
     model.eval()
     start = time.perf_counter()
     try:
         feed = tqdm(chunks, desc="test", leave=False, disable=None if progress and rank == 0 else True)
-        for images, labels in batches(dataset, feed, workers=workers, device=device):
+        for i, (images, labels) in enumerate(batches(dataset, feed, workers=workers, device=device)):
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 scores = model(images)
+            if i >= own:
+                break
             loss = F.cross_entropy(scores.float(), labels, reduction="sum")
             right = (scores.argmax(1) == labels).sum()
             sums += torch.stack((right.double(), loss.double(), sums.new_tensor(len(labels))))

@@ -32,12 +32,12 @@ PENALTY = 10.0
 
 
 class Thresholds(PETModule):
-    """The two learned numbers of a block. Parameters: merge (), starts at 0.9; prune (), starts at 0: nothing goes."""
+    """The two learned numbers of a block. Parameters: merge (1,), starts at 0.9; prune (1,), starts at 0: none is pruned."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.merge = nn.Parameter(torch.tensor(0.9))
-        self.prune = nn.Parameter(torch.tensor(0.0))
+        self.merge = nn.Parameter(torch.tensor([0.9]))
+        self.prune = nn.Parameter(torch.tensor([0.0]))
 
     def forward(self, x: Tensor, state: Tensor, key: Tensor, importance: Tensor, prefix: int) -> Merged:
         """One reduction.

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from . import checkpoint, comparators, data, pretrain, saving
+from . import checkpoint, comparators, data, pretrain, saving, sharding
 from .adapters import add_adapters
 from .config import EMBEDDED_MODEL, REDUCTIONS, Config, ConfigError, from_arguments
 from .config import add_arguments as add_config_arguments
@@ -309,10 +309,13 @@ class _Run:
         torch.manual_seed(self.config.seed)
         self.model = build_model(self.config, self.splits.num_classes).to(self.device)
         self.target = comparators.flops_target(self.model)
+        self.backbone_hash = saving.backbone_hash(self.model)
+        self.sharded = self.world > 1 and self.config.parallel == "fsdp"
+        if self.sharded:
+            sharding.shard(self.model, self.device)
         self.tuned = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.tuned.values(), lr=self.config.warmup_lr, weight_decay=self.config.weight_decay)
         torch.manual_seed((self.config.seed + 1) * 1_000_003 + self.rank)  # dropout differs between processes
-        self.backbone_hash = saving.backbone_hash(self.model)
         self._resume()
         self._train()
         return self._finish(test, backbone)
@@ -375,10 +378,11 @@ class _Run:
             return
         if state["backbone"] != self.backbone_hash:
             raise ConfigError(f"output: the run in {self.folder} was on another backbone; choose another folder")
-        with torch.no_grad():
-            for name, parameter in self.tuned.items():
-                parameter.copy_(state["tuned"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for name, parameter in self.tuned.items():
+            sharding.assign(parameter, state["tuned"][name])
+        self.optimizer.load_state_dict(
+            sharding.distributed_optimizer_state(state["optimizer"], list(self.tuned.values()))
+        )  # fmt: skip
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
         self.history, self.best, self.seconds = state["history"], state["best"], state["seconds"]
         if len(state["rng"]) == self.world:
@@ -396,7 +400,7 @@ class _Run:
     def _train(self) -> None:
         config = self.config
         network: Any = self.model
-        if self.world > 1:
+        if self.world > 1 and not self.sharded:
             ids = [self.device.index] if self.device.type == "cuda" else None
             # After a merge in the last block nothing reads the patches, and the refinement gets no gradient.
             network = DistributedDataParallel(self.model, device_ids=ids, find_unused_parameters=True)
@@ -445,7 +449,9 @@ class _Run:
         total = torch.zeros(2, device=self.device)
         for i, (part, truth) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
             waits = self.world > 1 and i + 1 < parts and not config.compile
-            with network.no_sync() if waits else nullcontext():
+            if self.sharded:
+                sharding.synchronize(network, not waits)
+            with network.no_sync() if waits and not self.sharded else nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
                     scores, flops = (network(part), None) if self.target is None else network(part, with_flops=True)
                 loss = F.cross_entropy(scores.float(), truth)
@@ -474,7 +480,7 @@ class _Run:
             score = self._evaluate(self.splits.val)
             row |= {"val_loss": score.loss, "val_accuracy": score.accuracy}
             if self.best is None or score.accuracy > self.best["accuracy"]:
-                kept = {name: p.detach().cpu().clone() for name, p in self.tuned.items()}
+                kept = {name: value.cpu().clone() for name, value in self._tuned().items()}
                 self.best = {"accuracy": score.accuracy, "epoch": self.epoch, "tuned": kept}
         self.history.append(row)
         self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, [0.0, 0.0, 0.0]
@@ -488,11 +494,12 @@ class _Run:
     def _checkpoint(self) -> None:
         """A disk that is full costs this checkpoint, not the run or the earlier ones."""
         states = _gather((checkpoint.remember_rng(), self.sums), self.world)
+        tuned, optimizer = self._tuned(), sharding.full_optimizer_state(self.optimizer)
         if self.rank != 0:
             return
         state = {
             "backbone": self.backbone_hash, "epoch": self.epoch, "step_in_epoch": self.step_in_epoch,
-            "tuned": {name: p.detach() for name, p in self.tuned.items()}, "optimizer": self.optimizer.state_dict(),
+            "tuned": tuned, "optimizer": optimizer,
             "rng": [rng for rng, _ in states], "sums": [sums for _, sums in states], "history": self.history,
             "best": self.best, "seconds": self.seconds,
         }  # fmt: skip
@@ -503,6 +510,10 @@ class _Run:
             warnings.warn(
                 f"no checkpoint at step {self.step}: {error}; earlier ones stay, training goes on", RuntimeWarning, stacklevel=2
             )
+
+    def _tuned(self) -> dict[str, Tensor]:
+        """What is tuned, whole; every process has to ask for it."""
+        return {name: sharding.full(p) for name, p in self.tuned.items()}
 
     def _evaluate(self, dataset: Any) -> Any:
         config = self.config
@@ -522,9 +533,8 @@ class _Run:
 
     def _finish(self, test: bool, backbone: str) -> Result:
         if self.best is not None:
-            with torch.no_grad():
-                for name, parameter in self.tuned.items():
-                    parameter.copy_(self.best["tuned"][name])
+            for name, parameter in self.tuned.items():
+                sharding.assign(parameter, self.best["tuned"][name])
         accuracy = self._evaluate(self.splits.test).accuracy if test else None
         counts = count_parameters(self.model)
         result = Result(
@@ -534,8 +544,13 @@ class _Run:
             refinement=counts.refinement, head=counts.head, adapter_bytes=counts.adapter_bytes, seconds=self.seconds,
             backbone=backbone,
         )  # fmt: skip
+        tuned = self._tuned()
         if self.rank == 0:
-            saving.save(self.model, self.folder / "model.safetensors")
+            model = self.model
+            if self.sharded:  # files are written from a model with whole parameters
+                model = build_model(self.config, self.splits.num_classes)
+                model.load_state_dict(tuned, strict=False)
+            saving.save(model, self.folder / "model.safetensors")
             checkpoint.write_atomically(self.folder / "result.json", result.to_json().encode())
         return result
 
