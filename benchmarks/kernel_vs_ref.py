@@ -40,6 +40,7 @@ Row = dict[str, Any]
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 MODES = ("forward", "forward+backward")
+BACKWARD = "backward"  # the fused backward by itself, from a forward's results; by default on a GPU only
 BATCHES = (1, 16, 64, 256)
 DEFAULT_CASES, DEFAULT_BATCHES = ("vitb16_224",), (1, 64)
 DEFAULT_BUDGET, QUICK_BUDGET = 48.0, 6.0
@@ -71,7 +72,13 @@ class Setting:
 
     @property
     def backward(self) -> bool:
-        return self.mode == "forward+backward"
+        """Whether gradients are part of it."""
+        return self.mode != "forward"
+
+    def bytes_moved(self, problem: Problem) -> int:
+        """What must be read or written, each once."""
+        both = problem.bytes_moved(self.backward)
+        return both - problem.bytes_moved(False) if self.mode == BACKWARD else both
 
     def __str__(self) -> str:
         return f"{self.case.name}, batch {self.batch}, {self.dtype}, {self.mode}"
@@ -114,9 +121,24 @@ def backend_calls(name: str, problem: Problem) -> tuple[Callable[[], tuple], Cal
     return merge, with_second
 
 
-def step(call: Callable[[], tuple], problem: Problem, backward: bool) -> Callable[[], object]:
-    """What is timed: the call, and with ``backward`` the gradients of everything learned."""
-    if not backward:
+def backward_alone(name: str, problem: Problem) -> Callable[[], gate.Answer]:
+    """The backward's operator on the results of one forward; returns those with the gradients."""
+    case, w_down, w_up = problem.case, problem.w_down, problem.w_up
+    inputs = tuple(None if t is None else t.detach() for t in (problem.x, problem.key, None, w_down, w_up, None, None))
+    task = (None, None, *case.grid, case.num_prefix_tokens, 1.0, True)
+    results = backends.forward_op(name)(*inputs, *task)
+    needs = (True, False, w_down is not None, False, False)
+
+    def call() -> gate.Answer:
+        found = backends.backward_op(name)(problem.grad_tokens, problem.grad_size, *inputs, *results, *task, *needs)
+        return gate.Answer(*results[:4], found[:1] if w_down is None else (found[0], found[2], found[3]))
+
+    return call
+
+
+def step(call: Callable[[], tuple], problem: Problem, mode: str) -> Callable[[], object]:
+    """What is timed: the call, and with ``forward+backward`` the gradients of everything learned."""
+    if mode != "forward+backward":
         return call
 
     def both() -> object:
@@ -192,26 +214,40 @@ class Bench:
         torch._dynamo.reset()
         examiner = gate.Examiner(problem, setting.backward)
         ready = []
-        for name in (*self.names, PAPER, PAPER_COMPILED, *(f"indexed_{v}" for v in formulations.BEST_VARIANTS)):
+        names = [*self.names, PAPER, PAPER_COMPILED, *(f"indexed_{v}" for v in formulations.BEST_VARIANTS)]
+        if setting.mode == BACKWARD:
+            names = [n for n in self.names if n != REFERENCE]
+        for name in names:
             self.bar.set_description(f"{setting}: gate and warm-up of {name}")
             self.bar.update(1)
             if memory_needed(setting, name) > 0.8 * timing.available_bytes(self.device):
                 self.left_out.append(f"{setting}: {label(name)} needs about {memory_needed(setting, name) / 1e9:.0f} GB")
                 continue
             if name in self.names:
-                found = self.admit_backend(name, problem, examiner)
+                found = self.admit_backend(name, problem, examiner, setting.mode)
             else:
                 found = self.admit_baseline(name, problem, examiner)
             if found is not None:
-                warm = step(found.call, problem, setting.backward)
+                warm = step(found.call, problem, setting.mode)
                 for _ in range(2):
                     warm()
                 ready.append(found)
         return ready
 
-    def admit_backend(self, name: str, problem: Problem, examiner: gate.Examiner) -> Implementation | None:
-        timed, examined = backend_calls(name, problem)
-        verdict = gate.examine(examined, examiner)
+    def admit_backend(self, name: str, problem: Problem, examiner: gate.Examiner, mode: str) -> Implementation | None:
+        timed: Callable[[], tuple]
+        try:
+            if mode == BACKWARD:
+                timed = backward_alone(name, problem)
+                verdict = examiner.examine(timed(), timed())
+            else:
+                timed, examined = backend_calls(name, problem)
+                verdict = gate.examine(examined, examiner)
+        except Exception as error:  # one backend that breaks must not take the others' figures with it
+            what = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            self.failures.append(f"BROKEN: backend {name!r} on {self.describe(problem)}: {what}")
+            self.say(self.failures[-1])
+            return None
         if not verdict.right:
             self.failures.append(f"WRONG: backend {name!r} on {self.describe(problem)}: {verdict.complaint()}")
             self.say(self.failures[-1] + ". No speed is reported for it.")
@@ -245,7 +281,7 @@ class Bench:
         return f"{problem.case.name}, batch {problem.batch}, {str(problem.x.dtype).removeprefix('torch.')}"
 
     def time(self, setting: Setting, problem: Problem, ready: list[Implementation]) -> list[Row]:
-        calls = {i.name: step(i.call, problem, setting.backward) for i in ready}
+        calls = {i.name: step(i.call, problem, setting.mode) for i in ready}
         peaks = {}
         for name, call in calls.items():
             self.bar.set_description(f"{setting}: memory of {name}")
@@ -292,7 +328,7 @@ class Bench:
         indexed = [name for name in seconds if name.startswith("indexed_")]
         if indexed:
             seconds[BEST] = min(seconds[name] for name in indexed)
-        moved, batch = problem.bytes_moved(setting.backward), setting.batch
+        moved, batch = setting.bytes_moved(problem), setting.batch
         out = []
         for implementation in ready:
             name, sample = implementation.name, samples[implementation.name]
@@ -341,6 +377,7 @@ def grouped(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 HEADINGS = ("ms/image", "× reference", "× paper", "× paper compiled", "× best PyTorch", "GB/s", "of copy", "extra MB")
+OVER_FLOOR = "÷ floor"
 
 
 def table(group: list[Row]) -> str:
@@ -356,15 +393,18 @@ def table(group: list[Row]) -> str:
     ]
     names = [label(r["implementation"]) for r in group]
     width = max(map(len, names))
-    lines.append("  " + " " * width + "".join(f"{h:>{max(10, len(h) + 2)}}" for h in HEADINGS))
+    headings = HEADINGS if first["device"] == "cpu" else (OVER_FLOOR, *HEADINGS)
+    lines.append("  " + " " * width + "".join(f"{h:>{max(10, len(h) + 2)}}" for h in headings))
     for name, r in zip(names, group, strict=True):
-        cells = (
+        cells = [
             number(r["ms_per_image"]), *(number(r.get(f"speedup_over_{b}")) for b in BASELINES),
             number(r["gb_per_s"]), f"{100 * r['share_of_copy']:.0f} %", number(r["peak_extra_mb"]),
-        )  # fmt: skip
+        ]  # fmt: skip
+        if headings is not HEADINGS:
+            cells.insert(0, number(1 / r["share_of_copy"]))
         lost = f"   loses {r['lost_tokens']} tokens in {r['of_images']} images" if r["lost_tokens"] else ""
         lines.append(
-            f"  {name:<{width}}" + "".join(f"{c:>{max(10, len(h) + 2)}}" for c, h in zip(cells, HEADINGS, strict=True)) + lost
+            f"  {name:<{width}}" + "".join(f"{c:>{max(10, len(h) + 2)}}" for c, h in zip(cells, headings, strict=True)) + lost
         )
     return "\n".join(lines)
 
@@ -462,7 +502,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", help=f"comma-separated from {', '.join(DTYPES)}; default float32 on the CPU, bfloat16 elsewhere")
     add("--cases", default=",".join(DEFAULT_CASES), help="comma-separated names, or all; see --list")
     add("--batch", help=f"comma-separated; default {listed(DEFAULT_BATCHES)}, the full set is {listed(BATCHES)}")
-    add("--mode", default=",".join(MODES), help="forward, forward+backward, or both (default)")
+    add("--mode", help=f"comma-separated from {', '.join((*MODES, BACKWARD))}; default the first two on the CPU, all on a GPU")
     add("--backends", help="comma-separated; default: every fused one that runs on the device, and the reference")
     add("--threads", type=int, help="CPU threads; default torch's")
     add("--key", choices=("heads", "averaged"), default="heads",
@@ -488,7 +528,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     public = [n for n in CASES if n != "tiny"]
     options.cases = public if options.cases == "all" else chosen(options.cases, CASES, "cases")
-    options.mode = chosen(options.mode, MODES, "mode")
     try:
         options.device = torch.device(options.device)
     except RuntimeError as error:
@@ -497,6 +536,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--device: expected cpu or cuda, got {options.device.type!r}: this benchmark can't time others")
     if options.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch.cuda.is_available() is False here")
+    options.mode = chosen(options.mode or listed(MODES if options.device.type == "cpu" else (*MODES, BACKWARD)),
+                          (*MODES, BACKWARD), "mode")  # fmt: skip
     options.dtype = chosen(options.dtype or ("float32" if options.device.type == "cpu" else "bfloat16"), DTYPES, "dtype")
     options.batch_given = options.batch is not None
     text = options.batch or ("16" if options.quick else listed(DEFAULT_BATCHES))
@@ -541,6 +582,8 @@ def choose_backends(asked: str | None, device: torch.device) -> tuple[list[str],
     # On the CPU, Triton only has its interpreter: a debugging tool, never measured unless asked for by name.
     fused = [n for n in backends.ORDER if n not in (REFERENCE, "cpu") and device.type != "cpu"]
     names = [n for n in fused if backends.refuses(n, probe) is None]
+    complaints += [f"not in this run: {n}: {backends.refuses(n, probe)}. Fix: {backends.status(n).fix or '–'}"
+                   for n in fused if n not in names]  # fmt: skip
     if not names:
         complaints.append(f"!! No fused backend runs on {device}; what follows is plain PyTorch:\n{fpet_kernels.explain()}")
     return [*names, REFERENCE], complaints

@@ -103,17 +103,18 @@ def _cpu_sampler(calls: dict[str, Callable[[], object]]) -> Callable[[str, int],
 
 
 def _cuda_sampler(calls: dict[str, Callable[[], object]], device: torch.device, graph: bool) -> Callable[[str, int], float]:
-    """One call per sample, between two events, with an L2 cache that holds none of its data.
+    """One call per sample, between two events, with an L2 cache that holds none of its data, nor anything yet to be written
+    back: something large is read, not written, before each sample.
 
     Graphs: the device is still flushing when the replay is enqueued, so device time is measured, launch costs hidden.
     Plain calls: the device is idle when the call is made, so the time holds what the host needs to launch it.
     """
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    flush = torch.empty(max(4 * l2, 1 << 28), dtype=torch.int8, device=device)
+    flush, total = torch.ones(max(4 * l2, 1 << 28) // 4, device=device), torch.empty((), device=device)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def take(name: str, count: int) -> float:
-        flush.zero_()
+        torch.sum(flush, dim=0, out=total)
         if not graph:
             torch.cuda.synchronize(device)
         start.record()

@@ -203,7 +203,7 @@ def quick(monkeypatch, tmp_path):
     def run(*more):
         out = tmp_path / "rows.jsonl"
         status = kernel_vs_ref.main(["--cases", "tiny", "--batch", "2", "--budget", "0.1", "--out", str(out), *more])
-        return status, [json.loads(line) for line in out.read_text().splitlines()]
+        return status, [json.loads(line) for line in (out.read_text() if out.exists() else "").splitlines()]
 
     return run
 
@@ -232,6 +232,121 @@ def test_rows_say_what_was_measured_where(quick, capsys, tmp_path):
     assert capsys.readouterr().out.count("tiny · batch 2") == 2
 
 
+def fused_here() -> str:
+    name = backends.select(torch.empty(1, 1, 1), None)
+    if name == "reference":
+        pytest.skip("no fused backend runs here")
+    return name
+
+
+@pytest.mark.parametrize("refinement", [True, False])
+def test_the_backward_alone(quick, refinement):
+    """Only fused backends, on the results of a forward; its bytes are what forward+backward moves more than forward."""
+    name = fused_here()
+    more = [] if refinement else ["--no-refinement"]
+    status, rows = quick("--mode", "forward,forward+backward,backward", *more)
+    assert status == 0
+    assert {r["implementation"] for r in rows if r["mode"] == "backward"} == {name}
+    moved = {r["mode"]: r["bytes_per_image"] for r in rows if r["implementation"] == name}
+    assert moved["backward"] == moved["forward+backward"] - moved["forward"] > 0
+
+
+def test_a_wrong_backward_alone_is_refused(quick, monkeypatch, capsys):
+    name = fused_here()
+    right = backends.backward_op
+
+    def wrong(which):
+        return lambda *args: tuple(t * 1.001 for t in right(which)(*args))
+
+    monkeypatch.setattr(backends, "backward_op", wrong)
+    status, rows = quick("--mode", "backward")
+    assert status == 1 and rows == []
+    assert f"WRONG: backend {name!r}" in capsys.readouterr().err
+
+
+def test_a_backend_that_breaks_leaves_the_others(quick, monkeypatch, capsys):
+    name = fused_here()
+    right = kernel_vs_ref.backend_calls
+
+    def broken(which, problem):
+        if which == name:
+            raise RuntimeError("an illegal memory access was encountered\nmore")
+        return right(which, problem)
+
+    monkeypatch.setattr(kernel_vs_ref, "backend_calls", broken)
+    status, rows = quick("--mode", "forward")
+    assert status == 1
+    assert "an illegal memory access was encountered" in capsys.readouterr().err
+    assert {"reference", "paper"} <= {r["implementation"] for r in rows} and name not in {r["implementation"] for r in rows}
+
+
+def test_a_gpu_is_timed_twice(quick, monkeypatch, capsys):
+    """As CUDA graphs, without those that can't be captured, and call by call; each with its ratio to the floor."""
+    start = kernel_vs_ref.Bench.__init__
+
+    def on_gpu(self, *args):
+        start(self, *args)
+        self.kinds = ("graph", "plain")
+
+    def capture(call):
+        captured.append(call)
+        if len(captured) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return call
+
+    captured: list = []
+    monkeypatch.setattr(kernel_vs_ref.Bench, "__init__", on_gpu)
+    monkeypatch.setattr(kernel_vs_ref.timing, "capture", capture)
+    measure = kernel_vs_ref.timing.measure
+    monkeypatch.setattr(kernel_vs_ref.timing, "measure", lambda *a, graph, **k: measure(*a, **k))
+    status, rows = quick("--mode", "forward")
+    assert status == 0
+    graph, plain = ({r["implementation"] for r in rows if r["timing"] == kind} for kind in ("graph", "plain"))
+    assert len(captured) == len(plain) and len(plain - graph) == 1
+    assert "as a CUDA graph: operation not permitted" in capsys.readouterr().out
+    group = [{**r, "device": "cuda"} for r in rows if r["timing"] == "graph"]
+    lines = kernel_vs_ref.table(group).splitlines()
+    assert "graph timing, cold L2" in lines[0] and kernel_vs_ref.OVER_FLOOR in lines[2]
+    assert kernel_vs_ref.number(group[0]["ms_per_image"] / group[0]["floor_ms_per_image"]) in lines[3]
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_sample_on_a_gpu_starts_with_a_cold_cache(graph, monkeypatch):
+    """Read through something large, and only for plain calls let the device come to rest before the call is made."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, _end):
+            return 6.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: log.append("rest"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(L2_cache_size=1 << 20))
+    total = torch.sum
+    monkeypatch.setattr(torch, "sum", lambda t, **k: (log.append("flush"), total(t, **k))[1])
+    take = kernel_vs_ref.timing._cuda_sampler({"it": lambda: log.append("call")}, CPU, graph)
+    assert take("it", 2) == pytest.approx(3e-3)
+    assert log == ["flush", *([] if graph else ["rest"]), "event", "call", "call", "event", "rest"]
+
+
+def test_every_fused_backend_of_a_gpu_is_measured(monkeypatch):
+    missing: dict[str, str] = {}
+    monkeypatch.setattr(backends, "refuses", lambda name, _x: missing.get(name))
+    fused = [name for name in backends.ORDER if name not in ("cpu", "reference")]
+    assert len(fused) >= 2
+    assert kernel_vs_ref.choose_backends(None, torch.device("meta")) == ([*fused, "reference"], [])
+    missing[fused[0]] = "its library was not built"
+    names, complaints = kernel_vs_ref.choose_backends(None, torch.device("meta"))
+    assert names == [*fused[1:], "reference"]
+    assert len(complaints) == 1 and fused[0] in complaints[0] and "its library was not built" in complaints[0]
+
+
 def test_no_speed_for_a_wrong_backend(quick, capsys, monkeypatch):
     right = kernel_vs_ref.bdm_merge
 
@@ -258,7 +373,7 @@ def test_a_missing_cpu_backend_is_reported_with_its_reason(monkeypatch):
 
 
 WRONG_ARGUMENTS = {
-    "--cases": "vitb", "--mode": "backward", "--dtype": "int8", "--batch": "0", "--threads": "0", "--device": "moon",
+    "--cases": "vitb", "--mode": "sideways", "--dtype": "int8", "--batch": "0", "--threads": "0", "--device": "moon",
 }  # fmt: skip
 
 
