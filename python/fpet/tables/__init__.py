@@ -136,6 +136,8 @@ class _Collector:
         self.rows: dict[Variant, Row] = {}
         self.left_out: list[str] = []
         self.failures: list[str] = []
+        if any(name in self.options.tables for name in ("3", "A3")):
+            self.left_out.append("time and FLOPs of LTMP: they depend on what it has learnt, and these weights are random")
 
     def row(self, variant: Variant) -> Row:
         if variant not in self.rows:
@@ -159,7 +161,7 @@ class _Collector:
             self.bar.set_description(f"{variant}: counting")
             row = self.row(variant)
             measured, told = row["measured"], row["conditions"]
-            if "gmac" in quantities:
+            if "gmac" in quantities and _spends_the_same(variant):
                 measured["gmac"] = measure.gmac(variant, o.attention)
             if "memory_gb" in quantities and _trains(variant):
                 batch = PAPER_BATCH["memory"]
@@ -180,7 +182,7 @@ class _Collector:
     def timed(self, model: str, variants: Sequence[Variant], quantity: str, budget: float) -> None:
         """Times of a forward ("time_ms") or a step of tuning ("step_ms") of variants of one backbone, in turns."""
         o, training = self.options, quantity == "step_ms"
-        variants = [v for v in variants if not training or _trains(v)]
+        variants = [v for v in variants if (_trains(v) if training else _spends_the_same(v))]
         batch = o.batch or _batch(model, o.device, training)
         images, labels = measure.inputs(MODELS[model].image_size, batch, o.device)
         base = measure.backbone(model, o.device, o.attention)
@@ -236,6 +238,11 @@ def _trains(variant: Variant) -> bool:
     return variant.method not in ("none", "linear")
 
 
+def _spends_the_same(variant: Variant) -> bool:
+    """Whether inference costs the same with random weights: LTMP spends what it has learnt to."""
+    return variant.reduction != "ltmp"
+
+
 def _batch(model: str, device: torch.device, training: bool) -> int:
     """The paper's on a GPU; on a CPU as many images as make about 10¹¹ multiply-adds, a power of two up to 16."""
     if device.type == "cuda":
@@ -247,23 +254,26 @@ def _batch(model: str, device: torch.device, training: bool) -> int:
 # --- output --------------------------------------------------------------------------------------------------------------
 
 
-def markdown(rows: Sequence[Row], tables: Iterable[str], methods: Sequence[str] | None = None) -> str:
-    """Every table that ``rows`` have something for, as Markdown.
+def markdown(
+    rows: Sequence[Row], tables: Iterable[str], methods: Sequence[str] | None = None, models: Sequence[str] | None = None
+) -> str:
+    """Every table, as Markdown, for at least half of whose rows ``rows`` have something.
 
     Args:
-        methods: of the tables over methods; None: those that the rows are of.
+        methods: of the tables over methods; None: those that the rows are of. models: backbones; None: all.
     """
     parts: list[str] = []
     if methods is None:
         methods = [name for name in METHODS if any(r["method"] == name for r in rows if r["model"] != "embedded")]
     for setting, found in render.merge_rows(rows).items():
-        models = [name for name in MODELS if any(v.model == name for v in found)]
+        present = [name for name in MODELS if any(v.model == name for v in found) and (models is None or name in models)]
         for name in tables:
             table = TABLES[name]
-            for chosen in [models] if name == "A1" else [[model] for model in models]:
+            for chosen in [present] if name == "A1" else [[model] for model in present]:
                 variants = list(dict.fromkeys(v for model in chosen for v in table.rows(model, methods)))
                 here = {v: found[v] for v in variants if v in found}
-                if not any(row["measured"].get(q) is not None for row in here.values() for q in table.quantities):
+                told = [v for v, row in here.items() if any(q in row["measured"] for q in table.quantities)]
+                if not told or 2 * len(told) < len(variants):
                     continue
                 ours = "" if table.known else " (what this number holds is our assignment)"
                 where = "" if name == "A1" else f", {MODELS[chosen[0]].title}"
@@ -404,7 +414,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"seconds of timing in all, default {DEFAULT_BUDGET:g}, but at least {measure.MIN_ROUNDS} rounds")  # fmt: skip
     add("--quick", action="store_true", help="a rough look: vits16, adaptformer and lora, 10 seconds of timing, tables 1, 3, 4")
     add("--accuracy", choices=("none", "embedded", "data"), default="none",
-        help="embedded: tune on generated tasks; data: on --data by the paper's recipe; default none: not measured")  # fmt: skip
+        help="embedded: tune on generated tasks; data: on --data by the paper's recipe; none (default)")  # fmt: skip
     add("--data", metavar="DIR", help="folder of the data, in the format of fpet train")
     add("--family", choices=("vtab1k", "torchvision", "fgvc"), default="vtab1k", help="of the data; default vtab1k")
     add("--tasks", help="comma-separated; default: orientation (embedded), every task that DIR holds (data)")
@@ -426,7 +436,8 @@ def _complete(options: argparse.Namespace) -> None:
         options.models, options.methods = options.models or ["vits16"], options.methods or ["adaptformer", "lora"]
         options.tables = [name for name in options.tables if name in ("1", "3", "4")]
         options.budget = min(options.budget, 10.0)
-    options.models, options.methods = options.models or ["vitb16"], options.methods or list(METHODS)
+    if options.show is None:
+        options.models, options.methods = options.models or ["vitb16"], options.methods or list(METHODS)
     if (options.accuracy == "data") != (options.data is not None):
         raise ValueError("--accuracy, --data: expected both of --accuracy data and --data DIR, or neither")
     if options.data is not None and not Path(options.data).is_dir():
@@ -453,7 +464,7 @@ def run(options: argparse.Namespace) -> int:
     _complete(options)
     if options.show is not None:
         rows = [json.loads(line) for line in Path(options.show).read_text(encoding="utf-8").splitlines() if line.strip()]
-        _report(rows, options, methods=None)
+        _report([row for row in rows if row.get("benchmark") == "paper_tables"], options)
         return 0
     before = torch.get_num_threads()
     if options.threads is not None:
@@ -464,7 +475,7 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(before)
     context = {**_provenance(options.device, options.command_line), "note": options.note}
     rows = [{**row, **context} for row in rows]
-    _report(rows, options, options.methods)
+    _report(rows, options)
     if options.out != "none" and rows:
         benchmarks = _checkout()
         default = Path() if benchmarks is None else benchmarks / "results"
@@ -495,7 +506,7 @@ def _measure(options: argparse.Namespace) -> tuple[list[Row], _Collector]:
     tasks: Sequence[str] = []
     absent: dict[str, str] = {}
     if options.accuracy == "data":
-        tasks, absent = accuracy.present_tasks(options.family, Path(options.data))
+        tasks, absent = accuracy.present_tasks(options.family, Path(options.data), options.set)
         tasks = [task for task in tasks if options.tasks is None or task in options.tasks]
         absent = {task: why for task, why in absent.items() if options.tasks is None or task in options.tasks}
         if not tasks:
@@ -536,8 +547,8 @@ def _embedded(options: argparse.Namespace, bar: Any) -> list[Row]:
     ]  # fmt: skip
 
 
-def _report(rows: Sequence[Row], options: argparse.Namespace, methods: Sequence[str] | None) -> None:
-    text = markdown(rows, options.tables, methods)
+def _report(rows: Sequence[Row], options: argparse.Namespace) -> None:
+    text = markdown(rows, options.tables, options.methods, options.models)
     print(text or "nothing was measured")
     if options.markdown is not None:
         Path(options.markdown).write_text(text + "\n", encoding="utf-8")

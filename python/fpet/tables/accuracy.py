@@ -79,7 +79,7 @@ def on_embedded(
     ]
 
 
-def present_tasks(family: str, folder: Path) -> tuple[list[str], dict[str, str]]:
+def present_tasks(family: str, folder: Path, settings: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
     """Tasks of a family that the folder holds, and why each other one is left out."""
     if family == "vtab1k":
         found = data.check_folder(folder, decode=False)
@@ -88,7 +88,7 @@ def present_tasks(family: str, folder: Path) -> tuple[list[str], dict[str, str]]
     present, absent = [], {}
     for task in data.task_names(family):
         try:
-            data.load(Config(data=family, task=task, data_dir=str(folder), image_size=32))
+            data.load(Config(**({"data": family, "task": task, "data_dir": str(folder)} | settings)))
             present.append(task)
         except (OSError, ValueError) as error:
             absent[task] = str(error)

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fpet
 
 from .. import comparators
+from ..ltmp import PENALTY
 from ..memory import step_memory
 
 __all__ = [
@@ -132,7 +133,7 @@ def complaint(model: nn.Module, variant: Variant, image: Tensor) -> str | None:
     """Why an inference model must not be timed: logits that are no numbers, or tokens that got lost; None if it is right."""
     if not model(image).isfinite().all():
         return f"{variant}: its logits are not finite"
-    if variant.reduction == "none":
+    if variant.reduction in ("none", "ltmp"):  # LTMP throws tokens away on purpose
         return None
     found = fpet.merged_features(model, image)
     counted, before = found.size.sum(1).flatten().tolist(), found.source.shape[1]
@@ -154,11 +155,15 @@ def forward_call(model: nn.Module, images: Tensor, amp: bool = False) -> Call:
 def step_call(model: nn.Module, images: Tensor, labels: Tensor, amp: bool = False) -> Call:
     """A step of tuning: forward, loss, backward, AdamW."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=1e-4)
+    target = comparators.flops_target(model)
 
     def call() -> None:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-            out = model(images)
-        F.cross_entropy(out.float(), labels).backward()
+            out, spent = (model(images), None) if target is None else model(images, with_flops=True)
+        loss = F.cross_entropy(out.float(), labels)
+        if spent is not None:
+            loss = loss + PENALTY * (spent - target) ** 2
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -45,7 +45,7 @@ def merge_rows(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[Variant, Row]]
     """Rows by setting (device, dtype, attention) and variant; what was measured later replaces what was measured before."""
     merged: dict[tuple[Any, ...], dict[Variant, Row]] = {}
     for row in rows:
-        if row.get("benchmark") != "paper_tables" or row["model"] == "embedded":
+        if row["model"] == "embedded":
             continue
         setting = tuple(row[name] for name in ("device", "dtype", "attention"))
         old = merged.setdefault(setting, {}).get(variant_of(row), {})
