@@ -24,6 +24,5 @@ py::dict build_facts() {
 
 PYBIND11_MODULE(_introspect, m) {
   m.doc() = "Facts about the native build.";
-  m.def("build_facts", &build_facts,
-        "compiler, flags, cxx_standard, cpu_isas_compiled (best first), cpu_isa_in_use.");
+  m.def("build_facts", &build_facts, "compiler, flags, cxx_standard, cpu_isas_compiled (best first), cpu_isa_in_use.");
 }
