@@ -46,12 +46,17 @@ def _hidden(
         key = load_key(p_key, stride_key_h, stride_key_n, stride_key_c, heads, tokens, row_mask, c, channels, DOUBLE)
         down = load_matrix(p_down, c, channels, stride_down_c, h, hidden, stride_down_h, DOUBLE)  # [BC, BH]
         pre = exact_dot(key, down, pre, SPLIT)
+    return pre, _dropout(p_mask, stride_mask_n, stride_mask_h, tokens, row_mask, h, hidden, MASKED, DOUBLE)
+
+
+@triton.jit
+def _dropout(p_mask, stride_mask_n, stride_mask_h, tokens, row_mask, h, hidden, MASKED: tl.constexpr, DOUBLE: tl.constexpr):
+    """The dropout mask [rows, h], ones where there is none."""
     if MASKED:
         pointers = p_mask + tokens[:, None] * stride_mask_n + h.to(tl.int64)[None, :] * stride_mask_h
-        keep = wide(tl.load(pointers, mask=row_mask[:, None] & (h < hidden)[None, :], other=0.0), DOUBLE)
+        return wide(tl.load(pointers, mask=row_mask[:, None] & (h < hidden)[None, :], other=0.0), DOUBLE)
     else:
-        keep = zeros((tokens.shape[0], h.shape[0]), DOUBLE) + 1.0
-    return pre, keep
+        return zeros((tokens.shape[0], h.shape[0]), DOUBLE) + 1.0
 
 
 @triton.jit
@@ -61,12 +66,12 @@ def _prepare_rows(
     stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_b, stride_mask_n, stride_mask_h,
     num_a, num_rows, prefix, width, channels, heads, hidden, scale_high, scale_low, program,
     BR: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, LISTED: tl.constexpr, REFINED: tl.constexpr, MASKED: tl.constexpr,
-    DELTA: tl.constexpr, COSINE: tl.constexpr, RAW: tl.constexpr, MEAN: tl.constexpr, DOUBLE: tl.constexpr,
-    SPLIT: tl.constexpr,
+    DELTA: tl.constexpr, COSINE: tl.constexpr, RAW: tl.constexpr, WHOLE: tl.constexpr, MEAN: tl.constexpr,
+    DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """k' of BR rows, sources then destinations, (B, N_A + N_B, C) without gaps, and its norm. RAW: the key itself, copied.
 
-    MEAN: also the key averaged over heads, (B, N, C); its prefix tokens are left out.
+    WHOLE: C fits into one block. MEAN: also the key averaged over heads, (B, N, C); its prefix tokens are left out.
     """
     blocks = tl.cdiv(num_rows, BR)
     b = (program // blocks).to(tl.int64)
@@ -96,10 +101,16 @@ def _prepare_rows(
                 up = zeros((BR, BC), DOUBLE)
                 for h_start in range(0, hidden, BH):
                     h = h_start + tl.arange(0, BH)
-                    pre, keep = _hidden(
-                        p_key, stride_key_h, stride_key_n, stride_key_c, heads, p_down, stride_down_h, stride_down_c, p_mask,
-                        stride_mask_n, stride_mask_h, tokens, row_mask, h, hidden, channels, BC, MASKED, DOUBLE, SPLIT,
-                    )  # fmt: skip
+                    if WHOLE:
+                        down = load_matrix(p_down, c, channels, stride_down_c, h, hidden, stride_down_h, DOUBLE)
+                        pre = exact_dot(refined, down, zeros((BR, BH), DOUBLE), SPLIT)
+                        keep = _dropout(p_mask, stride_mask_n, stride_mask_h, tokens, row_mask, h, hidden, MASKED, DOUBLE)
+                    else:
+                        pre, keep = _hidden(
+                            p_key, stride_key_h, stride_key_n, stride_key_c, heads, p_down, stride_down_h, stride_down_c,
+                            p_mask, stride_mask_n, stride_mask_h, tokens, row_mask, h, hidden, channels, BC, MASKED, DOUBLE,
+                            SPLIT,
+                        )  # fmt: skip
                     w_up = load_matrix(p_up, h, hidden, stride_up_h, c, channels, stride_up_c, DOUBLE)  # [BH, BC]
                     up = exact_dot(tl.maximum(pre, 0.0) * keep, w_up, up, SPLIT)
                 refined += scale * up
@@ -119,7 +130,8 @@ def prepare_keys(
     stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_b, stride_mask_n, stride_mask_h,
     num_a, num_rows, prefix, width, channels, heads, hidden, scale_high, scale_low,
     BR: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, LISTED: tl.constexpr, REFINED: tl.constexpr, MASKED: tl.constexpr,
-    DELTA: tl.constexpr, COSINE: tl.constexpr, RAW: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
+    DELTA: tl.constexpr, COSINE: tl.constexpr, RAW: tl.constexpr, WHOLE: tl.constexpr, DOUBLE: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """k' of every row and its norm."""
     _prepare_rows(
@@ -127,7 +139,7 @@ def prepare_keys(
         stride_key_b, stride_key_h, stride_key_n, stride_key_c, stride_delta_b, stride_delta_n, stride_delta_c,
         stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_b, stride_mask_n, stride_mask_h,
         num_a, num_rows, prefix, width, channels, heads, hidden, scale_high, scale_low, tl.program_id(0),
-        BR, BC, BH, LISTED, REFINED, MASKED, DELTA, COSINE, RAW, False, DOUBLE, SPLIT,
+        BR, BC, BH, LISTED, REFINED, MASKED, DELTA, COSINE, RAW, WHOLE, False, DOUBLE, SPLIT,
     )  # fmt: skip
 
 
@@ -359,8 +371,8 @@ def prepare_backward(
     stride_grad_b, stride_grad_e, stride_grad_d, stride_gs_b, stride_gs_e, stride_tok_b, stride_tok_e, stride_tok_d,
     num_a, num_rows, prefix, width, dim, channels, heads, hidden, scale_high, scale_low, size_programs,
     BR: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, LISTED: tl.constexpr, REFINED: tl.constexpr,
-    MASKED: tl.constexpr, DELTA: tl.constexpr, COSINE: tl.constexpr, RAW: tl.constexpr, MEAN: tl.constexpr,
-    GRAD_SIZE: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
+    MASKED: tl.constexpr, DELTA: tl.constexpr, COSINE: tl.constexpr, RAW: tl.constexpr, WHOLE: tl.constexpr,
+    MEAN: tl.constexpr, GRAD_SIZE: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """What every later kernel reads: the first ``size_programs`` programs form γ', the others k', its norm and the mean key."""
     if tl.program_id(0) < size_programs:
@@ -377,7 +389,7 @@ def prepare_backward(
             stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_b, stride_mask_n, stride_mask_h,
             num_a, num_rows, prefix, width, channels, heads, hidden, scale_high, scale_low,
             tl.program_id(0) - size_programs,
-            BR, BC, BH, LISTED, REFINED, MASKED, DELTA, COSINE, RAW, MEAN, DOUBLE, SPLIT,
+            BR, BC, BH, LISTED, REFINED, MASKED, DELTA, COSINE, RAW, WHOLE, MEAN, DOUBLE, SPLIT,
         )  # fmt: skip
 
 

@@ -182,7 +182,8 @@ class _Problem:
         t = self.tiles
         return {
             "BR": t.rows, "BC": t.block_c, "BH": self.block_h, "LISTED": self.listed, "REFINED": self.refined,
-            "MASKED": self.masked, "DELTA": self.delta, "COSINE": self.cosine, "RAW": self.raw, "DOUBLE": self.double,
+            "MASKED": self.masked, "DELTA": self.delta, "COSINE": self.cosine, "RAW": self.raw,
+            "WHOLE": bool(self.channels <= t.block_c), "DOUBLE": self.double,
             "SPLIT": self.split, "num_warps": t.warps, "num_stages": t.stages,
         }  # fmt: skip
 
@@ -543,7 +544,9 @@ register_flop_formula(torch.ops.fpet.bdm_backward_triton)(base.backward_flops)
 
 def _seen(x: Tensor) -> bool:
     """Somebody watches operators go by (a tracer, a counter, a subclass), who must see one."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not _plain(x)
+    return (
+        torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active()
+    ) or not _plain(x)
 
 
 def forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

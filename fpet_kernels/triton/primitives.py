@@ -182,7 +182,7 @@ def load_key(p_key, stride_head, stride_token, stride_channel, heads, tokens, ro
     pointers = p_key + tokens[:, None] * stride_token + c.to(tl.int64)[None, :] * stride_channel
     mask = row_mask[:, None] & (c < channels)[None, :]
     total = wide(tl.load(pointers, mask=mask, other=0.0), DOUBLE)
-    for _ in range(1, heads):
+    for _ in tl.range(1, heads, loop_unroll_factor=4):  # several heads on their way at a time
         pointers += stride_head
         total += wide(tl.load(pointers, mask=mask, other=0.0), DOUBLE)
     return total * reciprocal(heads, DOUBLE)
