@@ -240,10 +240,10 @@ class _Gradient(_Problem):
         # What goes on through the refinement reads the key again: rather its mean than all of its heads.
         self.through = self.refined and (self.need_weights or self.need_key)
         self.mean = bool(self.through and self.heads > 1)
+        self.s_inner: tuple[int, ...] = self.s_key
+        self.inner_heads = self.heads
         if self.mean:
             self.s_inner, self.inner_heads = ((self.prefix + self.rows) * self.channels, 0, self.channels, 1), 1
-        else:
-            self.s_inner, self.inner_heads = self.s_key, self.heads
         if self.config is not None:
             self.block_a = min(self.config.block_a, configs.next_power(self.num_a))
             self.parts = _cdiv(self.num_a, self.block_a)
@@ -475,17 +475,18 @@ def _backward(
         )  # fmt: skip
     else:
         share = q.new(i.x, q.batch, q.num_a)
-        for kernel, blocks in ((long.row_pass, _cdiv(q.num_a, t.block_a)), (long.column_pass, _cdiv(q.num_b, t.block_b))):
-            q.launch(
-                kernel,
-                lambda blocks=blocks: (
-                    (q.batch * blocks, _cdiv(q.channels, t.block_c)),
-                    (*q.s_grad, *q.s_x, *q.s_size, q.num_a, q.num_b, q.prefix, q.width, q.dim, q.channels),
-                    {"BA": t.block_a, "BB": t.block_b, "BC": t.block_c, "BD": t.block_d, "LISTED": q.listed, "SIZED": q.sized,
-                     "COSINE": q.cosine, "DOUBLE": q.double, "SPLIT": q.split, "num_warps": t.warps, "num_stages": t.stages},
-                ),
-                grad_tokens, i.x, i.size, merged_size, gamma, prepared, norm, match, second, mid, i.a, share, unit_grad,
+
+        def tiles(blocks: int) -> Call:
+            return (
+                (q.batch * blocks, _cdiv(q.channels, t.block_c)),
+                (*q.s_grad, *q.s_x, *q.s_size, q.num_a, q.num_b, q.prefix, q.width, q.dim, q.channels),
+                {"BA": t.block_a, "BB": t.block_b, "BC": t.block_c, "BD": t.block_d, "LISTED": q.listed, "SIZED": q.sized,
+                 "COSINE": q.cosine, "DOUBLE": q.double, "SPLIT": q.split, "num_warps": t.warps, "num_stages": t.stages},
             )  # fmt: skip
+
+        tensors = (grad_tokens, i.x, i.size, merged_size, gamma, prepared, norm, match, second, mid, i.a, share, unit_grad)
+        q.launch(long.row_pass, lambda: tiles(_cdiv(q.num_a, t.block_a)), *tensors)
+        q.launch(long.column_pass, lambda: tiles(_cdiv(q.num_b, t.block_b)), *tensors)
     q.launch(
         long.refined_gradient,
         lambda: (
