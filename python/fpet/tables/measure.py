@@ -6,7 +6,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -85,7 +85,8 @@ def backbone(name: str, device: torch.device, attention: str = "fused") -> nn.Mo
             timm release did that the paper's code is written for.
     """
     spec = MODELS[name]
-    with torch.random.fork_rng(devices=[]):
+    unreal = device if device.type == "meta" else nullcontext()  # elsewhere weights are drawn on the CPU, the same for all
+    with torch.random.fork_rng(devices=[]), unreal:
         torch.manual_seed(0)
         model: Any = timm.create_model(spec.timm_name, pretrained=False, img_size=spec.image_size, num_classes=CLASSES)
     for block in model.blocks:
