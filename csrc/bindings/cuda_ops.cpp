@@ -177,11 +177,13 @@ extern "C" __attribute__((visibility("default"))) const char* fpet_cuda_build() 
   return result.c_str();
 }
 
-// JSON, likewise: the kernels as they are on this device, or the error met on the way. Makes a context on the device.
+// JSON, likewise: the kernels as they are on this device, or the error met on the way. Makes a context on the device. Of device
+// -1 nothing is asked: what is known without one.
 extern "C" __attribute__((visibility("default"))) const char* fpet_cuda_kernels(int device) {
   thread_local std::string result;
   try {
-    const DeviceGuard guard(device);
+    std::optional<DeviceGuard> guard;
+    if (device >= 0) guard.emplace(device);
     result = "{\"kernels\": [" + kernel_facts() + "]}";
   } catch (const std::exception& error) {
     result = "{\"error\": " + quoted(error.what()) + "}";
