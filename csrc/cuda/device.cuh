@@ -139,6 +139,12 @@ FPET_DEVICE S from_compute(T v) {
   }
 }
 
+// v / n rounded correctly, for inverse = 1 / n: fewer instructions than a division where many are divided by the same.
+FPET_DEVICE float quotient(float v, float n, float inverse) {
+  const float q = v * inverse, rest = fmaf(-q, n, v);
+  return rest == rest ? fmaf(rest, inverse, q) : q;  // no rest of infinity
+}
+
 // --- one element of anything -------------------------------------------------------------------------------------------------------
 
 // Element `offset` of v, as T (float or double).

@@ -230,15 +230,15 @@ struct Sums {
 #pragma unroll
     for (int u = 0; u < kVectors; ++u) {
       if (unit + 32 * u >= end) break;
-      // float32 is divided as it should be; what is rounded to 16 bits doesn't show the difference
-      const auto quotient = [&](float sum) { return sizeof(S) == 4 ? sum / n : sum * inverse; };
+      // Rounded to 16 bits the difference doesn't show.
+      const auto mean = [&](float sum) { return sizeof(S) == 4 ? quotient(sum, n, inverse) : sum * inverse; };
       if constexpr (vectors) {
         Lanes<S> y;
 #pragma unroll
-        for (int e = 0; e < count; ++e) y.v[e] = quotient(v[u][e]);
+        for (int e = 0; e < count; ++e) y.v[e] = mean(v[u][e]);
         store16((uint4*)row + unit + 32 * u, repack(y));
       } else {
-        row[unit + 32 * u] = from_compute<S>(quotient(v[u][0]));
+        row[unit + 32 * u] = from_compute<S>(mean(v[u][0]));
       }
     }
   }
@@ -385,7 +385,7 @@ CudaStatus forward_short(const Problem& p, const ForwardOutputs& out, cudaStream
               aligned16(out.tokens, p.x.dtype, {});
   k.units = int(k.vectors ? p.dim * bytes / 16 : p.dim);
   // Two blocks a multiprocessor where matching anew is cheap, one where it isn't; no less than a line of columns in each.
-  const int64_t wanted = ceil_div<int64_t>(gpu.multiprocessors * (split ? 1 : 2), std::max<int64_t>(p.batch, 1));
+  const int64_t wanted = std::max<int64_t>(1, gpu.multiprocessors * (split ? 1 : 2) / std::max<int64_t>(p.batch, 1));
   const int line = k.vectors ? 8 : 128 / bytes;
   k.part_units = round_up(ceil_div(k.units, int(std::min<int64_t>(wanted, k.units))), line);
   k.parts = ceil_div(k.units, k.part_units);

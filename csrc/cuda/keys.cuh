@@ -39,133 +39,145 @@ inline bool reads_eight(const View& v, int64_t columns, int64_t column_stride, s
 
 // --- loading -----------------------------------------------------------------------------------------------------------------------
 
+// Eight neighbouring elements.
 template <class S>
 struct Eight {
-  uint4 raw[int(sizeof(S)) / 2];
+  static constexpr int count = int(sizeof(S)) / 2;
+  uint4 raw[count];
 
   FPET_DEVICE void load(const S* p, bool valid) {
 #pragma unroll
-    for (int i = 0; i < int(sizeof(S)) / 2; ++i)
-      raw[i] = valid ? load16(p + 8 / (int(sizeof(S)) / 2) * i) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < count; ++i) raw[i] = valid ? load16(p + 8 / count * i) : make_uint4(0, 0, 0, 0);
   }
   FPET_DEVICE void add_to(float (&v)[8]) const {
-    constexpr int n = Lanes<S>::count;
 #pragma unroll
-    for (int i = 0; i < 8 / n; ++i) {
+    for (int i = 0; i < count; ++i) {
       const Lanes<S> part = unpack<S>(raw[i]);
 #pragma unroll
-      for (int e = 0; e < n; ++e) v[n * i + e] += part.v[e];
+      for (int e = 0; e < 8 / count; ++e) v[8 / count * i + e] += part.v[e];
+    }
+  }
+};
+template <>
+struct Eight<uint8_t> {  // booleans
+  uint2 raw;
+
+  FPET_DEVICE void load(const uint8_t* p, bool valid) { raw = valid ? __ldg((const uint2*)p) : make_uint2(0, 0); }
+  FPET_DEVICE void add_to(float (&v)[8]) const {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      v[e] += (raw.x >> 8 * e & 255) != 0 ? 1.f : 0.f;
+      v[4 + e] += (raw.y >> 8 * e & 255) != 0 ? 1.f : 0.f;
     }
   }
 };
 
-// v += the eight columns from `column` on of the row that starts at `offset`.
-FPET_DEVICE void add_eight(float (&v)[8], const View& view, int64_t offset, int64_t column_stride, int column, int columns,
-                           bool eight) {
-  if (column >= columns) return;
-  if (!eight) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e)
-      if (column + e < columns) v[e] += load_any<float>(view, offset + (column + e) * column_stride);
-    return;
-  }
-  offset += column;
-  if (view.dtype == DType::f32) {
-    Eight<float> part;
-    part.load((const float*)view.data + offset, true);
-    part.add_to(v);
-  } else if (view.dtype == DType::bf16) {
-    Eight<bf16> part;
-    part.load((const bf16*)view.data + offset, true);
-    part.add_to(v);
-  } else if (view.dtype == DType::f16) {
-    Eight<f16> part;
-    part.load((const f16*)view.data + offset, true);
-    part.add_to(v);
-  } else {
-    const uint2 raw = __ldg((const uint2*)((const uint8_t*)view.data + offset));
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      v[e] += (raw.x >> 8 * e & 255) != 0;
-      v[4 + e] += (raw.y >> 8 * e & 255) != 0;
-    }
-  }
-}
-
-// Rows r[0] and r[1] of a matrix, -1 for a row of zeros.
-template <int Q>
-FPET_DEVICE void load_strip(Strip<Q>& s, const View& view, const int (&r)[2], int64_t base, int64_t row_stride,
-                            int64_t column_stride, int columns, bool eight) {
-  const int t = lane_index() & 3;
-#pragma unroll
-  for (int q = 0; q < Q; ++q)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) s.v[q][i][e] = 0.f;
-      if (r[i] >= 0) add_eight(s.v[q][i], view, base + r[i] * row_stride, column_stride, 32 * q + 8 * t, columns, eight);
-    }
-}
+// Two rows of `columns` elements, which start at `offset`; rows that are not valid count as zeros. With `count` such matrices
+// `step` apart it is their sum that is meant.
+struct RowPair {
+  int64_t offset[2];
+  bool valid[2];
+  int columns, count;
+  int64_t step;
+};
 
 template <class S, int Q>
-FPET_DEVICE void sum_heads(Strip<Q>& s, const Problem& p, int64_t image, const int (&token)[2]) {
-  const int t = lane_index() & 3;
-  const S* row[2];
+FPET_DEVICE void add_rows(Strip<Q>& s, const View& view, const RowPair& rows) {
+  const int column = 8 * (lane_index() & 3);
+  const S *row0 = (const S*)view.data + rows.offset[0] + column, *row1 = (const S*)view.data + rows.offset[1] + column;
+#pragma unroll(sizeof(S) <= 2 ? 2 : 1)
+  for (int k = 0; k < rows.count; ++k) {
+    Eight<S> part[Q][2];  // all under way before the first is needed
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
-    row[i] = (const S*)p.key.data + image * p.key.stride[0] + (token[i] < 0 ? 0 : token[i]) * p.key.stride[2] + 8 * t;
-#pragma unroll(sizeof(S) == 2 ? 2 : 1)
-  for (int head = 0; head < int(p.heads); ++head) {
-    Eight<S> part[Q][2];
+    for (int q = 0; q < Q; ++q) {
+      part[q][0].load(row0 + 32 * q, rows.valid[0] && 32 * q + column < rows.columns);
+      part[q][1].load(row1 + 32 * q, rows.valid[1] && 32 * q + column < rows.columns);
+    }
 #pragma unroll
-    for (int q = 0; q < Q; ++q)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) part[q][i].load(row[i] + 32 * q, token[i] >= 0 && 32 * q + 8 * t < int(p.channels));
-#pragma unroll
-    for (int q = 0; q < Q; ++q)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) part[q][i].add_to(s.v[q][i]);
-    row[0] += p.key.stride[1];
-    row[1] += p.key.stride[1];
+    for (int q = 0; q < Q; ++q) {
+      part[q][0].add_to(s.v[q][0]);
+      part[q][1].add_to(s.v[q][1]);
+    }
+    row0 += rows.step;
+    row1 += rows.step;
   }
 }
 
-// Keys of two tokens, averaged over heads; -1: zeros. `eight`: reads_eight of the key.
+// s += rows of any type. `eight`: reads_eight of the view.
 template <int Q>
-FPET_DEVICE void load_keys(Strip<Q>& s, const Problem& p, int64_t image, const int (&token)[2], bool eight) {
+FPET_DEVICE void add_any(Strip<Q>& s, const View& view, const RowPair& rows, int64_t column_stride, bool eight) {
+  if (eight) {
+    if (view.dtype == DType::f32) {
+      add_rows<float>(s, view, rows);
+    } else if (view.dtype == DType::bf16) {
+      add_rows<bf16>(s, view, rows);
+    } else if (view.dtype == DType::f16) {
+      add_rows<f16>(s, view, rows);
+    } else {
+      add_rows<uint8_t>(s, view, rows);
+    }
+    return;
+  }
+#pragma unroll
+  for (int q = 0; q < Q; ++q)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        const int column = 32 * q + 8 * (lane_index() & 3) + e;
+        if (!rows.valid[i] || column >= rows.columns) continue;
+        int64_t at = rows.offset[i] + column * column_stride;
+#pragma unroll 1
+        for (int k = 0; k < rows.count; ++k, at += rows.step) s.v[q][i][e] += load_any<float>(view, at);
+      }
+}
+
+template <int Q>
+FPET_DEVICE void clear(Strip<Q>& s) {
 #pragma unroll
   for (int q = 0; q < Q; ++q)
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int e = 0; e < 8; ++e) s.v[q][i][e] = 0.f;
-  if (eight && p.key.dtype == DType::f32) {
-    sum_heads<float>(s, p, image, token);
-  } else if (eight && p.key.dtype == DType::bf16) {
-    sum_heads<bf16>(s, p, image, token);
-  } else if (eight && p.key.dtype == DType::f16) {
-    sum_heads<f16>(s, p, image, token);
-  } else {
-    const int t = lane_index() & 3;
-    for (int head = 0; head < int(p.heads); ++head) {
-      const int64_t base = image * p.key.stride[0] + head * p.key.stride[1];
+}
+
+// Rows of two tokens (-1: none) of a (B, N, columns) tensor.
+FPET_DEVICE RowPair token_rows(const View& view, int64_t image, const int (&token)[2], int columns) {
+  RowPair rows;
 #pragma unroll
-      for (int q = 0; q < Q; ++q)
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          if (token[i] >= 0)
-            add_eight(s.v[q][i], p.key, base + token[i] * p.key.stride[2], p.key.stride[3], 32 * q + 8 * t, int(p.channels),
-                      false);
-    }
+  for (int i = 0; i < 2; ++i) {
+    rows.valid[i] = token[i] >= 0;
+    rows.offset[i] = image * view.stride[0] + (token[i] < 0 ? 0 : token[i]) * view.stride[1];
   }
+  rows.columns = columns;
+  rows.count = 1;
+  rows.step = 0;
+  return rows;
+}
+
+// Keys of two tokens, averaged over heads; -1: zeros.
+template <int Q>
+FPET_DEVICE void load_keys(Strip<Q>& s, const Problem& p, int64_t image, const int (&token)[2], bool eight) {
+  RowPair rows;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    rows.valid[i] = token[i] >= 0;
+    rows.offset[i] = image * p.key.stride[0] + (token[i] < 0 ? 0 : token[i]) * p.key.stride[2];
+  }
+  rows.columns = int(p.channels);
+  rows.count = int(p.heads);
+  rows.step = p.key.stride[1];
+  clear(s);
+  add_any(s, p.key, rows, p.key.stride[3], eight);
   if (p.heads == 1) return;
-  const float heads = float(p.heads);
+  const float heads = float(p.heads), inverse = 1.f / heads;
 #pragma unroll
   for (int q = 0; q < Q; ++q)
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int e = 0; e < 8; ++e) s.v[q][i][e] /= heads;
+      for (int e = 0; e < 8; ++e) s.v[q][i][e] = quotient(s.v[q][i][e], heads, inverse);
 }
 
 // 16-bit keys as they are stored; no mean over heads.
@@ -373,13 +385,18 @@ FPET_DEVICE void store_weights(const View& view, int rows, int columns, bool eig
   Strip<Q> s;
   Tiles<Q> high, low;
   float scale[2];
-  int row[2];
+  RowPair pair;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    row[i] = column_position(16 * strip + g + 8 * i);
-    if (row[i] >= rows) row[i] = -1;
+    const int row = column_position(16 * strip + g + 8 * i);
+    pair.valid[i] = row < rows;
+    pair.offset[i] = pair.valid[i] ? row * view.stride[0] : 0;
   }
-  load_strip(s, view, row, 0, view.stride[0], view.stride[1], columns, eight);
+  pair.columns = columns;
+  pair.count = 1;
+  pair.step = 0;
+  clear(s);
+  add_any(s, view, pair, view.stride[1], eight);
   split_scales(scale, s);
   split_strip(high, low, s, scale);
   store_tiles(plane, plane_stride(groups), 16 * strip, high, groups);
@@ -457,17 +474,16 @@ FPET_DEVICE void refine(Strip<Q>& key, const Weights& w, const Problem& p, int64
           }
   }
   if (p.dropout_mask.data) {
+    Strip<H> keep;
+    clear(keep);
+    add_any(keep, p.dropout_mask, token_rows(p.dropout_mask, image, token, int(p.hidden)), p.dropout_mask.stride[2],
+            mask_eight);
 #pragma unroll
     for (int q = 0; q < H; ++q)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (token[i] < 0) continue;
-        float keep[8] = {};
-        add_eight(keep, p.dropout_mask, image * p.dropout_mask.stride[0] + token[i] * p.dropout_mask.stride[1],
-                  p.dropout_mask.stride[2], 32 * q + 8 * t, int(p.hidden), mask_eight);
+      for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int e = 0; e < 8; ++e) hidden.v[q][i][e] *= keep[e];
-      }
+        for (int e = 0; e < 8; ++e) hidden.v[q][i][e] *= keep.v[q][i][e];
   }
   Tiles<H> high, low;
   split_scales(scale, hidden);
@@ -517,15 +533,8 @@ FPET_DEVICE void refined_keys(Strip<Q>& s, const Weights& w, const Problem& p, c
     const bool short_key = p.heads == 1 && (p.key.dtype == DType::bf16 || p.key.dtype == DType::f16);
     refine(s, w, p, image, token, short_key, reads.mask);
   }
-  if (!p.key_delta.data) return;
-  const int t = lane_index() & 3;
-#pragma unroll
-  for (int q = 0; q < Q; ++q)
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (token[i] >= 0)
-        add_eight(s.v[q][i], p.key_delta, image * p.key_delta.stride[0] + token[i] * p.key_delta.stride[1],
-                  p.key_delta.stride[2], 32 * q + 8 * t, int(p.channels), reads.delta);
+  if (p.key_delta.data)
+    add_any(s, p.key_delta, token_rows(p.key_delta, image, token, int(p.channels)), p.key_delta.stride[2], reads.delta);
 }
 
 // Splits k̂ (k' if not cosine) for a product with other keys, whose result is to be multiplied by both rows' `unscale`.

@@ -90,7 +90,7 @@ void check_image(const Case& t, const Results& r, int64_t b) {
     largest = std::max(largest, std::fabs(truth.score[at]));
     noise = std::max(noise, std::fabs(plain[at] - truth.score[at]));
   }
-  noise = 2 * noise + largest * epsilon(wide ? DType::f64 : DType::f32);
+  noise = 2 * noise + largest * (wide ? 16 * epsilon(DType::f64) : epsilon(DType::f32));
   Worst mids;
   for (int64_t i = 0; i < A; ++i) {
     const double* row = &truth.score[u(i * B)];
@@ -221,6 +221,21 @@ void check_one_nan(DType key, bool cosine) {
   }
 }
 
+void check_facts() {
+  int kernels = 0;
+  for (fpet::CudaKernelFacts facts; (facts = fpet::cuda_kernel_facts(kernels)).name; ++kernels) {
+    CHECK(facts.error == cudaSuccess, "%s: %s", facts.name, cudaGetErrorString(facts.error));
+    CHECK(facts.blocks_per_sm > 0, "%s: no block fits on a multiprocessor", facts.name);
+  }
+  CHECK(kernels >= 6, "%d kernels", kernels);
+  CHECK(!fpet::cuda_kernel_facts(-1).name, "a kernel before the first");
+  fpet::Problem p;
+  p.num_b = 2;
+  CHECK(!fpet::cuda_refuses(p), "refused: %s", fpet::cuda_refuses(p));
+  p.tokens = int64_t(1) << 40;
+  CHECK(fpet::cuda_refuses(p), "too many tokens");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -290,7 +305,17 @@ int main(int argc, char** argv) {
         check_degenerate(key, 0, cosine);
         check_one_nan(key, cosine);
       }
-  if (argc < 2) check_degenerate(bf16, 4, true);
+  if (argc < 2) {
+    check_degenerate(bf16, 4, true);
+    check_facts();
+#ifdef FPET_EMULATE_CUDA
+    // Where short kernels need more, the long ones take over.
+    const Config wide = make([&](Config& c) { c.grid_h = 18, c.channels = 128, c.dim = 8; });
+    check_case(wide, "enough shared memory");
+    emulator::options.shared_per_block = 99 << 10;
+    check_case(wide, "little shared memory");
+#endif
+  }
   std::printf("%d failures\n", failures);
   return failures ? 1 : 0;
 }
