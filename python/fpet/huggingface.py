@@ -87,7 +87,7 @@ class MergedOutput(BaseModelOutputWithPooling):
     source: Tensor | None = None
 
 
-# --- attention -----------------------------------------------------------------------------------------------------------
+# --- attention --------------------------------------------------------------------------------------------------------
 
 
 def _weighed_attention(
@@ -188,7 +188,7 @@ class FPETViTAttention(_Sized, _VIT_ATTENTION):
         return _dropout(self.dropout_prob if hasattr(self, "dropout_prob") else self.attention_dropout, self.training)
 
 
-# --- layers --------------------------------------------------------------------------------------------------------------
+# --- layers -----------------------------------------------------------------------------------------------------------
 
 
 class _LayerCall(NamedTuple):
@@ -274,7 +274,7 @@ class FPETViTLayer(_MergingLayer, modeling_vit.ViTLayer):
         return getattr(self.attention, "attention", self.attention)
 
 
-# --- encoders ------------------------------------------------------------------------------------------------------------
+# --- encoders ---------------------------------------------------------------------------------------------------------
 
 
 class _Encoded(NamedTuple):
@@ -455,7 +455,7 @@ def _exact(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-# --- image-text retrieval ------------------------------------------------------------------------------------------------
+# --- image-text retrieval ---------------------------------------------------------------------------------------------
 
 
 class ImageTokens(NamedTuple):
@@ -567,7 +567,7 @@ def _retrieval_model(model: nn.Module) -> Any:
     return model
 
 
-# --- switching on and off --------------------------------------------------------------------------------------------------
+# --- switching on and off ---------------------------------------------------------------------------------------------
 
 
 def _original(ours: type[nn.Module]) -> type[nn.Module]:

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -107,7 +109,7 @@ class RetrievalConfig:
             raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
 
 
-# --- what is tuned ---------------------------------------------------------------------------------------------------------
+# --- what is tuned ----------------------------------------------------------------------------------------------------
 
 
 def prepare(model: nn.Module, config: RetrievalConfig) -> nn.Module:
@@ -120,9 +122,11 @@ def prepare(model: nn.Module, config: RetrievalConfig) -> nn.Module:
     )  # fmt: skip
     add_uniadapters(model, config.adapter_dim, scale=config.adapter_scale)
     if config.grad_checkpointing:
-        # Re-entrant checkpointing gives no gradient behind frozen inputs.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})  # type: ignore[operator]
+        # Re-entrant checkpointing gives no gradient behind frozen inputs; and transformers 5's public switch asks for one at
+        # the word embeddings, to which BLIP adds in place.
+        model._set_gradient_checkpointing(  # type: ignore[operator]
+            enable=True, gradient_checkpointing_func=partial(torch_checkpoint, use_reentrant=False)
+        )
     return freeze(model)
 
 
@@ -139,7 +143,7 @@ def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-# --- losses ----------------------------------------------------------------------------------------------------------------
+# --- losses -----------------------------------------------------------------------------------------------------------
 
 
 class Losses(NamedTuple):
@@ -206,7 +210,7 @@ def with_encode_token(input_ids: Tensor, token: int | None) -> Tensor:
     return torch.cat((torch.full_like(input_ids[:, :1], token), input_ids[:, 1:]), dim=1)
 
 
-# --- evaluation --------------------------------------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------------------------------
 
 
 def recall(scores: Tensor, relevant: Tensor, ks: Sequence[int] = _KS) -> dict[int, float]:
@@ -242,9 +246,7 @@ class RetrievalScore:
         """The recalls in per cent, a line for each direction."""
         ks = list(self.image_to_text)
         lines = [" " * 28 + "".join(f"{'R@' + str(k):>8}" for k in ks)]
-        rows = zip(
-            ("image → text", "text → image"), (self.image_to_text, self.text_to_image), self.contrastive, strict=True
-        )
+        rows = zip(("image → text", "text → image"), (self.image_to_text, self.text_to_image), self.contrastive, strict=True)
         for name, reranked, features in rows:
             lines.append(f"{name + ', features alone':<28}" + "".join(f"{100 * features[k]:8.1f}" for k in ks))
             lines.append(f"{name + ', re-ranked':<28}" + "".join(f"{100 * reranked[k]:8.1f}" for k in ks))
@@ -328,7 +330,7 @@ def _reranked(
     return similarity.scatter(1, best, matching - matching.amin(dim=1, keepdim=True) + 2)
 
 
-# --- data --------------------------------------------------------------------------------------------------------------------
+# --- data -------------------------------------------------------------------------------------------------------------
 
 
 def image_transform(size: int, *, augment: bool = False) -> Callable[[Any], Tensor]:
@@ -388,7 +390,7 @@ def _bar(things: Any, total: float, name: str, progress: bool) -> Any:
     return tqdm(things, desc=name, total=math.ceil(total), leave=False, disable=None if progress else True)
 
 
-# --- training ------------------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def train(
@@ -525,7 +527,7 @@ def load_tuned(model: nn.Module, path: str | Path) -> RetrievalConfig:
     return config
 
 
-# --- the command -----------------------------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def tiny_blip(width: int = 64, depth: int = 4, image_size: int = 32, patch_size: int = 4, vocabulary: int = 64) -> Any:
@@ -556,7 +558,9 @@ def word_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> Any:
     return BertTokenizer.from_pretrained(folder)
 
 
-def demo(folder: Path, *, seed: int = 0, progress: bool = True, say: Callable[[str], None] = print) -> dict[str, RetrievalScore]:
+def demo(
+    folder: Path, *, seed: int = 0, progress: bool = True, say: Callable[[str], None] = print
+) -> dict[str, RetrievalScore]:
     """Draws pairs, trains a tiny BLIP on some, then tunes it to others, darker ones, with and without merging.
 
     Returns:
@@ -591,3 +595,140 @@ def demo(folder: Path, *, seed: int = 0, progress: bool = True, say: Callable[[s
         count = sum(p.numel() for p in tuned_parameters(tuned).values())
         say(f"\ntuned, {name}: {count:,} parameters, {time.perf_counter() - start:.0f} s\n{scores[name].table()}")
     return scores
+
+
+def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer, BlipForImageTextRetrieval
+
+    return BlipForImageTextRetrieval.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _split(args: argparse.Namespace, name: str, *, augment: bool = False) -> ImageTextSplit:
+    transform = image_transform(args.image_size, augment=augment)
+    return load_split(args.data_dir, name, transform, list_name=args.list_name, image_folder=args.image_folder)
+
+
+def _run_train(args: argparse.Namespace) -> int:
+    names = {field.name for field in dataclasses.fields(RetrievalConfig)}
+    config = RetrievalConfig(**{name: value for name, value in vars(args).items() if name in names})
+    split = _split(args, "train", augment=args.augment)
+    model, tokenizer = _load_model(args)
+    prepare(model, config)
+    history = train(
+        model, tokenizer, split, config, output=args.output, device=_device(args.device), workers=args.workers,
+        progress=not args.quiet,
+    )  # fmt: skip
+    for epoch, (contrastive, matching) in enumerate(history, 1):
+        print(f"epoch {epoch}: contrastive loss {contrastive:.4f}, matching loss {matching:.4f}")
+    print(f"written: {Path(args.output) / 'model.safetensors'}")
+    return 0
+
+
+def _run_evaluate(args: argparse.Namespace) -> int:
+    split = _split(args, args.split)
+    model, tokenizer = _load_model(args)
+    config = RetrievalConfig() if args.tuned is None else load_tuned(model, args.tuned)
+    if args.no_merging:
+        huggingface.remove(model)
+    if args.top_k is not None:
+        config = dataclasses.replace(config, top_k=args.top_k)
+    if args.encode_token_id is not None:
+        config = dataclasses.replace(config, encode_token_id=args.encode_token_id)
+    device = _device(args.device)
+    score = evaluate(
+        model.to(device), tokenizer, split, config, batch_size=args.batch_size, device=device, workers=args.workers,
+        progress=not args.quiet,
+    )  # fmt: skip
+    print(json.dumps(dataclasses.asdict(score)) if args.json else score.table())
+    return 0
+
+
+def _run_check(args: argparse.Namespace) -> int:
+    wrong = check_folder(
+        args.data_dir, decode=not args.no_decode, list_name=args.list_name, image_folder=args.image_folder
+    )  # fmt: skip
+    print("\n".join(wrong) or f"{args.data_dir}: whole")
+    return 1 if wrong else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fpet.retrieval", description="Image-text retrieval with BLIP, UniAdapters and merged image tokens."
+    )
+    parser.add_argument("--demo", action="store_true", help="all of it on drawn shapes and a tiny BLIP, without any download")
+    parser.add_argument("--seed", type=int, default=0, help="of --demo")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    default = RetrievalConfig()
+
+    def add(name: str, summary: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        command.set_defaults(run=run)
+        command.add_argument("--data-dir", required=True, help="folder with the list and the folder of images")
+        command.add_argument("--list-name", default="dataset_flickr30k.json", help="default: %(default)s")
+        command.add_argument("--image-folder", default="flickr30k-images", help="default: %(default)s")
+        return command
+
+    def add_model(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--model", default="Salesforce/blip-itm-base-flickr", help="name or folder (default: %(default)s)")
+        command.add_argument("--image-size", type=int, default=384, help="pixels a side (default: %(default)s)")
+        command.add_argument("--device", default="auto", help="cpu, cuda or auto")
+        command.add_argument("--workers", type=int, default=0, help="processes that read images")
+        command.add_argument("--quiet", action="store_true", help="no progress bars")
+        command.add_argument("--encode-token-id", type=int, help="first token where text meets image; BLIP's own is 30523")
+
+    tune = add("train", "tune a BlipForImageTextRetrieval on the training split", _run_train)
+    add_model(tune)
+    tune.add_argument("--output", required=True, help="folder of the run; a run that was killed goes on in its own")
+    tune.add_argument("--no-merging", dest="merge", action="store_false", help="keep every image token")
+    tune.add_argument("--layer", type=int, help="0-based layer that merges (default: the middle one)")
+    tune.add_argument("--no-refinement", dest="refine", action="store_false", help="match by raw keys")
+    tune.add_argument("--attention", choices=("eager", "sdpa"), help="of the vision encoder (default: the model's)")
+    tune.add_argument("--augment", action="store_true", help="random crops and flips")
+    tune.add_argument("--grad-checkpointing", action="store_true", help="compute activations again to save memory")
+    tune.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    for name in (
+        "adapter_dim", "adapter_scale", "temperature", "epochs", "batch_size", "lr", "min_lr", "weight_decay", "max_length",
+        "top_k", "seed",
+    ):  # fmt: skip
+        value = getattr(default, name)
+        tune.add_argument("--" + name.replace("_", "-"), type=type(value), default=value, help="default: %(default)s")
+
+    score = add("evaluate", "recall of a model, tuned or as it comes", _run_evaluate)
+    add_model(score)
+    score.add_argument("--tuned", help="model.safetensors of a run")
+    score.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: %(default)s")
+    score.add_argument("--no-merging", action="store_true", help="the tuned weights with every image token kept")
+    score.add_argument("--top-k", type=int, help=f"candidates to re-rank (default: the run's, or {default.top_k})")
+    score.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
+    score.add_argument("--json", action="store_true", help="the score as JSON")
+
+    check = add("check", "say what is missing or damaged in a data folder", _run_check)
+    check.add_argument("--no-decode", action="store_true", help="do not open every image")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None and not args.demo:
+        parser.error("expected --demo, train, evaluate or check")
+    try:
+        if args.command is not None:
+            return int(args.run(args))
+        with tempfile.TemporaryDirectory() as folder:
+            demo(Path(folder), seed=args.seed)
+        return 0
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -103,7 +103,7 @@ def close(a, b, tolerance=1e-9):
     assert (a - b).abs().max() <= tolerance * max(1.0, b.abs().max().item())
 
 
-# --- the straightforward implementation --------------------------------------------------------------------------------------
+# --- the straightforward implementation -------------------------------------------------------------------------------
 
 
 def attention(q, k, v, size=None):
@@ -257,7 +257,7 @@ def test_without_weights_cross_attention_is_plain(retrieval, images, texts):
     )  # fmt: skip
 
 
-# --- what stays as it was ------------------------------------------------------------------------------------------------------
+# --- what stays as it was ---------------------------------------------------------------------------------------------
 
 
 def test_without_merging_it_computes_what_it_did(model, images):
@@ -302,7 +302,7 @@ def test_only_this_model_is_patched(model, images):
     assert hf.find_vision_encoder(other) is not None and not hasattr(hf.find_vision_encoder(other), "fpet_config")
 
 
-# --- what changes ---------------------------------------------------------------------------------------------------------------
+# --- what changes -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", [1, (0, 2)])
@@ -366,12 +366,13 @@ def test_a_captioner_reads_every_position(images, texts):
 
 def test_clip_as_a_whole(images):
     text = {key: value for key, value in TEXT.items() if key not in ("encoder_hidden_size", "sep_token_id")}
-    model = spread(CLIPModel(CLIPConfig(vision_config=VISION, text_config=text))).double().eval()
+    model = spread(CLIPModel(CLIPConfig(vision_config=VISION, text_config=text))).eval()  # CLIP 4's text has no float64
     hf.apply(model, 1)
-    output = model(input_ids=torch.randint(3, 30, (2, 6)), pixel_values=images)
+    output = model(input_ids=torch.randint(3, 30, (2, 6)), pixel_values=images.float())
     encoder = hf.find_vision_encoder(model)
-    tokens, _ = straightforward(encoder, images, 1)
-    close(output.image_embeds, F.normalize(model.visual_projection(encoder.post_layernorm(tokens[:, 0])), dim=-1))
+    tokens, _ = straightforward(encoder, images.float(), 1)
+    want = F.normalize(model.visual_projection(encoder.post_layernorm(tokens[:, 0])), dim=-1)
+    close(output.image_embeds, want, 1e-5)
 
 
 def test_another_image_size(model):
@@ -383,7 +384,7 @@ def test_another_image_size(model):
     assert torch.equal(got[0], merged.tokens[0, merged.source[0]])
 
 
-# --- gradients ---------------------------------------------------------------------------------------------------------------------
+# --- gradients --------------------------------------------------------------------------------------------------------
 
 
 def test_no_gradient_reaches_the_backbone_through_the_keys(model, images):
@@ -437,7 +438,7 @@ def test_autocast(retrieval, images, texts):
     assert retrieval.vision_model.encoder.layers[1].refinement.adapter_up.weight.grad.isfinite().all()
 
 
-# --- copies and files -----------------------------------------------------------------------------------------------------------------
+# --- copies and files -------------------------------------------------------------------------------------------------
 
 
 def test_copies_compute_the_same(model, images):
@@ -470,7 +471,7 @@ def test_save_pretrained_names_the_original_class(retrieval, tmp_path):
     assert again.state_dict().keys() == retrieval.state_dict().keys()
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 class Changed(ViTModel):
