@@ -464,9 +464,13 @@ class ImageTokens(NamedTuple):
     tokens: Tensor
     size: Tensor | None = None
 
-    def __getitem__(self, rows: Any) -> ImageTokens:  # type: ignore[override]
-        """The same of some of the images."""
-        return ImageTokens(self.tokens[rows], None if self.size is None else self.size[rows])
+    def rows(self, which: Tensor) -> ImageTokens:
+        """Those of some of the images, by index."""
+        return ImageTokens(self.tokens[which], None if self.size is None else self.size[which])
+
+    def to(self, device: torch.device | str) -> ImageTokens:
+        """The same on ``device``."""
+        return ImageTokens(self.tokens.to(device), None if self.size is None else self.size.to(device))
 
 
 class FPETBlipCrossAttention(modeling_blip_text.BlipTextSelfAttention):

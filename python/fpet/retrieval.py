@@ -198,7 +198,7 @@ class RetrievalLoss(nn.Module):
         own = torch.arange(len(image_ids), device=image_ids.device)
         images, texts = torch.cat((own, other_image, own)), torch.cat((own, own, other_text))
         ids = with_encode_token(input_ids, self.encode_token_id)
-        logits = match_logits(self.model, ids[texts], attention_mask[texts], image[images])
+        logits = match_logits(self.model, ids[texts], attention_mask[texts], image.rows(images))
         matching = F.cross_entropy(logits.float(), (torch.arange(len(texts), device=own.device) < len(own)).long())
         return Losses(contrastive_loss(similarity, image_ids), matching)
 
@@ -287,7 +287,7 @@ def _evaluate(
     numbers = list(range(len(split.files)))
     for images in _bar(_images(split, _chunks(numbers, batch_size), workers), len(numbers) / batch_size, "images", progress):
         image, feature = encode_image(model, images.to(device))
-        tokens.append(ImageTokens(*(None if part is None else part.cpu() for part in image)))  # all of them may be too many
+        tokens.append(image.to("cpu"))  # all of them may be too many
         features.append(feature)
     sizes = [part.size for part in tokens]
     every = ImageTokens(
@@ -298,8 +298,7 @@ def _evaluate(
     relevant = torch.tensor(split.image_of)[None, :] == torch.arange(len(split.files))[:, None]
 
     def match(images: Tensor, texts: Tensor) -> Tensor:
-        found = every[images]
-        image = ImageTokens(*(None if part is None else part.to(device) for part in found))
+        image = every.rows(images).to(device)
         ids = with_encode_token(text[0][texts].to(device), config.encode_token_id)
         return match_logits(model, ids, text[1][texts].to(device), image)[:, 1].float()
 
@@ -426,7 +425,7 @@ def train(
         batches = _chunks(epoch_order(len(split), config.seed, epoch).tolist(), config.batch_size)[:steps]
         sums = torch.zeros(2, dtype=torch.float64)
         # A generator of its own: workers' seeds must not depend on what was drawn before a resume.
-        loader = DataLoader(
+        loader: Any = DataLoader(
             split,  # type: ignore[arg-type]
             batch_sampler=batches, num_workers=workers, collate_fn=_collate,
             generator=torch.Generator().manual_seed(config.seed + epoch),

@@ -20,7 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters.modules import PETModule
-from .huggingface import convert, modeling_blip, modeling_blip_text, restore, vision_layers
+from .huggingface import convert, restore, vision_layers  # first: it says what to install where transformers is missing
+
+# isort: split
+from transformers.models.blip import modeling_blip, modeling_blip_text
 
 __all__ = ["UniAdapter", "add_uniadapters", "remove_uniadapters"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -75,7 +75,7 @@ def write_folder(
     generator = torch.Generator().manual_seed(seed)
     order = iter(torch.randperm(total, generator=generator).tolist())
     (root / IMAGE_FOLDER).mkdir(parents=True, exist_ok=True)
-    entries = []
+    entries: list[dict[str, Any]] = []
     for split, count in sizes.items():
         for _ in range(count):
             image, captions = draw_pair(next(order), generator, size, background)
