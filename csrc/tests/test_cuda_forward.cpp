@@ -221,6 +221,33 @@ void check_one_nan(DType key, bool cosine) {
   }
 }
 
+// Problems of any kind; the same ones in every run.
+Config random_config(std::mt19937& rng) {
+  const auto pick = [&](int64_t least, int64_t most) { return least + int64_t(rng() % u(most - least + 1)); };
+  const DType types[] = {DType::f32, DType::bf16, DType::f16};
+  Config c;
+  c.batch = pick(1, 3);
+  c.prefix = pick(0, 5);
+  c.grid_h = pick(1, 12);
+  c.grid_w = pick(c.grid_h < 3 ? 4 : 2, 14);
+  c.dim = pick(0, 1) ? 8 * pick(1, 40) : pick(1, 200);
+  c.channels = pick(0, 1) ? 8 * pick(1, 16) : pick(1, 128);
+  c.heads = pick(0, 2) ? 1 : pick(2, 5);
+  c.hidden = pick(0, 1) ? pick(1, 64) : 0;
+  c.x = types[pick(0, 2)];
+  c.key = types[pick(0, 2)];
+  c.weight = types[pick(0, 2)];
+  c.size = pick(0, 1);
+  c.delta = pick(0, 2) == 0;
+  c.cosine = pick(0, 3) != 0;
+  c.lists = pick(0, 1);
+  if (c.lists && pick(0, 1)) c.num_a = pick(0, c.grid_h * c.grid_w - 2);
+  c.mask = Mask(pick(0, 4));
+  c.layout = Layout(pick(0, 3));
+  c.values = Values(pick(0, 2));
+  return c;
+}
+
 void check_facts() {
   int kernels = 0;
   for (fpet::CudaKernelFacts facts; (facts = fpet::cuda_kernel_facts(kernels)).name; ++kernels) {
@@ -299,6 +326,9 @@ int main(int argc, char** argv) {
       check_case(config, name);
       if (std::getenv("FPET_TEST_VERBOSE")) std::printf("%s: %d failures so far\n", name, failures), std::fflush(stdout);
     }
+  const int problems = argc > 2 && std::string(argv[1]) == "random" ? std::atoi(argv[2]) : argc < 2 ? 24 : 0;
+  std::mt19937 rng(11);
+  for (int i = 0; i < problems; ++i) check_case(random_config(rng), "random problem " + std::to_string(i));
   if (argc < 2)
     for (const DType key : {f32, bf16, f16})
       for (const bool cosine : {true, false}) {
@@ -310,7 +340,7 @@ int main(int argc, char** argv) {
     check_facts();
 #ifdef FPET_EMULATE_CUDA
     // Where short kernels need more, the long ones take over.
-    const Config wide = make([&](Config& c) { c.grid_h = 18, c.channels = 128, c.dim = 8; });
+    const Config wide = make([&](Config& c) { c.grid_h = 28, c.channels = 128, c.dim = 8; });
     check_case(wide, "enough shared memory");
     emulator::options.shared_per_block = 99 << 10;
     check_case(wide, "little shared memory");
