@@ -71,7 +71,8 @@ def _prepare_rows(
 ):  # fmt: skip
     """k' of BR rows, sources then destinations, (B, N_A + N_B, C) without gaps, and its norm. RAW: the key itself, copied.
 
-    WHOLE: C fits into one block. MEAN: also the key averaged over heads, (B, N, C); its prefix tokens are left out.
+    WHOLE: C and the hidden units fit into one block each. MEAN: also the key averaged over heads, (B, N, C), but its prefix
+    tokens.
     """
     blocks = tl.cdiv(num_rows, BR)
     b = (program // blocks).to(tl.int64)
@@ -85,7 +86,7 @@ def _prepare_rows(
     row = b * num_rows + r
 
     squares = zeros((BR,), DOUBLE)
-    for c_start in range(0, channels, BC):
+    for c_start in range(0, BC if WHOLE else channels, BC):
         c = c_start + tl.arange(0, BC)
         mask = row_mask[:, None] & (c < channels)[None, :]
         if RAW:
@@ -93,13 +94,13 @@ def _prepare_rows(
             tl.store(p_prepared + row[:, None] * channels + c[None, :], raw, mask=mask)
             refined = wide(raw, DOUBLE)
         else:
-            refined = load_key(p_key, stride_key_h, stride_key_n, stride_key_c, heads, tokens, row_mask, c, channels, DOUBLE)
+            refined = load_key(p_key, stride_key_h, stride_key_n, stride_key_c, heads, tokens, row_mask, c, channels, DOUBLE, 4)
             if MEAN:
                 at_mean = (b * (prefix + num_rows) + tokens)[:, None] * channels + c[None, :]
                 tl.store(p_mean + at_mean, refined, mask=mask)
             if REFINED:
                 up = zeros((BR, BC), DOUBLE)
-                for h_start in range(0, hidden, BH):
+                for h_start in range(0, BH if WHOLE else hidden, BH):
                     h = h_start + tl.arange(0, BH)
                     if WHOLE:
                         down = load_matrix(p_down, c, channels, stride_down_c, h, hidden, stride_down_h, DOUBLE)

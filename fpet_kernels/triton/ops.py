@@ -183,7 +183,7 @@ class _Problem:
         return {
             "BR": t.rows, "BC": t.block_c, "BH": self.block_h, "LISTED": self.listed, "REFINED": self.refined,
             "MASKED": self.masked, "DELTA": self.delta, "COSINE": self.cosine, "RAW": self.raw,
-            "WHOLE": bool(self.channels <= t.block_c), "DOUBLE": self.double,
+            "WHOLE": bool(self.channels <= t.block_c and self.hidden <= self.block_h), "DOUBLE": self.double,
             "SPLIT": self.split, "num_warps": t.warps, "num_stages": t.stages,
         }  # fmt: skip
 

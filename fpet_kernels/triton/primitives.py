@@ -177,12 +177,15 @@ def merged_token(e, mask, p_split_b, prefix, width, LISTED: tl.constexpr):
 
 
 @triton.jit
-def load_key(p_key, stride_head, stride_token, stride_channel, heads, tokens, row_mask, c, channels, DOUBLE: tl.constexpr):
-    """[rows, channels] of one image's key, averaged over its heads."""
+def load_key(
+    p_key, stride_head, stride_token, stride_channel, heads, tokens, row_mask, c, channels,
+    DOUBLE: tl.constexpr, AT_ONCE: tl.constexpr = 1,
+):  # fmt: skip
+    """[rows, channels] of one image's key, averaged over its heads; AT_ONCE: heads on their way at a time."""
     pointers = p_key + tokens[:, None] * stride_token + c.to(tl.int64)[None, :] * stride_channel
     mask = row_mask[:, None] & (c < channels)[None, :]
     total = wide(tl.load(pointers, mask=mask, other=0.0), DOUBLE)
-    for _ in tl.range(1, heads, loop_unroll_factor=4):  # several heads on their way at a time
+    for _ in tl.range(1, heads, loop_unroll_factor=AT_ONCE):
         pointers += stride_head
         total += wide(tl.load(pointers, mask=mask, other=0.0), DOUBLE)
     return total * reciprocal(heads, DOUBLE)
