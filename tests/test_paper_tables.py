@@ -390,6 +390,18 @@ def test_accuracies_on_data_that_is_there(tmp_path: Path, capsys: pytest.Capture
     assert columns(said.out)["accuracy %, here"] == [f"{r['measured']['accuracy']:.1f}" for r in rows]
 
 
+def test_scales_are_swept_where_a_method_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    swept: list[Any] = []
+    monkeypatch.setattr(accuracy, "sweep", lambda config, scales: swept.append(scales) or SimpleNamespace(accuracy=0.5))
+    monkeypatch.setattr(accuracy, "train", lambda config: SimpleNamespace(accuracy=0.25))
+    write_few_shot(tmp_path)
+    for method, expected in (("lora", 50.0), ("ssf", 25.0)):
+        variant = Variant("tiny", method, "none")
+        found = accuracy.on_data(variant, "fgvc", ["food101"], tmp_path, [0, 1], tmp_path / "runs", {}, print, [0.1, 1.0])
+        assert found == {"food101": [expected, expected]}
+    assert swept == [[0.1, 1.0]] * 2
+
+
 def test_vtab_is_averaged_over_its_groups() -> None:
     assert accuracy.vtab_mean({"cifar": 80.0, "dtd": 60.0, "eurosat": 90.0, "clevr_count": 50.0}) == pytest.approx(70.0)
     assert accuracy.vtab_mean({"food101": 80.0, "oxford-pets": 60.0}) == 70.0
@@ -418,7 +430,7 @@ def options(*arguments: str) -> Any:
 
 WRONG = {
     "--tables": "2", "--models": "vith14", "--methods": "prefix", "--measure": "flops", "--device": "moon", "--batch": "0",
-    "--threads": "many", "--budget": "-1", "--seeds": "0,0", "--attention": "sparse", "--accuracy": "guess", "--clock": "sun",
+    "--threads": "many", "--budget": "-1", "--seeds": "0,0", "--attention": "sparse", "--accuracy": "guess", "--clock": "sun", "--scales": "small",
 }  # fmt: skip
 
 

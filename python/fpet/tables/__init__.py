@@ -222,13 +222,14 @@ class _Collector:
         o = self.options
         for variant in variants:
             found = accuracy.on_data(
-                variant, o.family, tasks, Path(o.data), o.seeds, Path(o.runs), o.set, self.bar.set_description
+                variant, o.family, tasks, Path(o.data), o.seeds, Path(o.runs), o.set, self.bar.set_description, o.scales
             )
             row = self.row(variant)
             row["measured"]["accuracy"] = accuracy.vtab_mean({task: statistics.fmean(v) for task, v in found.items()})
             row["accuracies"] = found
             row["conditions"]["accuracy"] = {
-                "data": o.family, "tasks": f"{len(tasks)} of {len(data.task_names(o.family))}", "seeds": len(o.seeds)
+                "data": o.family, "tasks": f"{len(tasks)} of {len(data.task_names(o.family))}", "seeds": len(o.seeds),
+                "s": "chosen by task" if o.scales and accuracy.has_scale(variant.method) else "the method's own",
             }  # fmt: skip
             self.bar.update()
 
@@ -354,6 +355,13 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
+def _scales(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None
+
+
 def _device(text: str) -> torch.device:
     try:
         device = torch.device(text)
@@ -419,6 +427,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--family", choices=("vtab1k", "torchvision", "fgvc"), default="vtab1k", help="of the data; default vtab1k")
     add("--tasks", help="comma-separated; default: orientation (embedded), every task that DIR holds (data)")
     add("--seeds", type=_seeds, default=[0], help="of the accuracies; default 0")
+    add("--scales", type=_scales, default=[], metavar="S,S,…",
+        help="with --accuracy data: the scale s of each task is the best of these on its validation images")  # fmt: skip
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of the runs, as of fpet train")
     add("--runs", default="runs/tables", help="folder of the runs that accuracies come from; default runs/tables")
     add("--out", help="JSON lines are appended here; none: nowhere; default benchmarks/results/paper_tables-DEVICE.jsonl in "

@@ -9,12 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from .. import data, pretrain
+from ..adapters import AdapterConfig
 from ..config import PRESETS, Config, ConfigError
 from ..data import VTAB_TASKS
-from ..train import train
+from ..train import sweep, train
 from .measure import MODELS, Variant
 
-__all__ = ["embedded_config", "on_data", "on_embedded", "paper_config", "parse_settings", "present_tasks", "vtab_mean"]
+__all__ = [
+    "embedded_config",
+    "has_scale",
+    "on_data",
+    "on_embedded",
+    "paper_config",
+    "parse_settings",
+    "present_tasks",
+    "vtab_mean",
+]
 
 Tick = Callable[[str], object]
 
@@ -110,18 +120,33 @@ def paper_config(
     return Config(**(values | settings))
 
 
+def has_scale(method: str) -> bool:
+    """Whether a method has a scale s."""
+    try:
+        AdapterConfig.resolve(method, scale=0.5)
+    except ValueError:
+        return False
+    return True
+
+
 def on_data(
     variant: Variant, family: str, tasks: Sequence[str], folder: Path, seeds: Sequence[int], runs: Path,
-    settings: dict[str, Any], tick: Tick,
+    settings: dict[str, Any], tick: Tick, scales: Sequence[float] = (),
 ) -> dict[str, list[float]]:  # fmt: skip
-    """Test accuracies in percent by task, a value for each seed."""
+    """Test accuracies in percent by task, a value for each seed.
+
+    Args:
+        scales: of which the best for each task is found on its validation images (:func:`fpet.train.sweep`), for methods
+            that have one; none: the method's own.
+    """
     configs = {(t, s): paper_config(variant, family, t, folder, s, runs, settings) for t in tasks for s in seeds}
     for config in configs.values():
         config.check()
     found: dict[str, list[float]] = {task: [] for task in tasks}
     for (task, seed), config in configs.items():
         tick(f"{variant}, {task}, seed {seed}")
-        found[task].append(100 * (train(config).accuracy or 0.0))
+        result = sweep(config, scales) if scales and has_scale(variant.method) else train(config)
+        found[task].append(100 * (result.accuracy or 0.0))
     return found
 
 

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fpet
 
 from .. import comparators
+from ..adapters.methods import _FOLD
 from ..ltmp import PENALTY
 from ..memory import step_memory
 
@@ -29,7 +30,7 @@ __all__ = [
 ]  # fmt: skip
 
 CLASSES = 100  # of CIFAR-100, the first of the VTAB tasks
-FOLDED = ("lora", "bi-lora", "repadapter", "ssf", "fact-tt")  # into the backbone, before inference is timed
+FOLDED = tuple(_FOLD)  # methods that are folded into the backbone before inference is timed
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Call = Callable[[], object]
