@@ -4,7 +4,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup test ctest ctest-sanitize ctest-arm pytest lint bench gpu-check test-abi clean distclean
+.PHONY: help setup test ctest ctest-sanitize ctest-arm pytest pytest-emulated lint bench test-abi clean distclean
+.PHONY: gpu-check gpu-doctor gpu-test gpu-ctest gpu-sanitize gpu-bench
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,6 +13,10 @@ BENCH_ARGS ?=
 TORCH_ABI ?= 2.13.0
 OUT ?= benchmarks/results
 export FPET_NATIVE ?= 1
+# CUDA kernels, where nvcc is: for two architectures and the GPU that is here. make FPET_CUDA_ARCHS= … builds for all, in minutes.
+GPU_HERE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | sed 's/[.]//; s/^90$$/90a/; s/$$/-real/' | sort -u)
+export FPET_CUDA_ARCHS ?= 80-real 90a-real $(GPU_HERE)
+export PATH := $(PATH)$(patsubst %/,:%,$(dir $(wildcard /usr/local/cuda/bin/nvcc)))
 
 ifdef FPET_PYTHON
 PY := $(FPET_PYTHON)
@@ -30,7 +35,7 @@ help:
 	@echo "make lint         the pre-commit hooks on all files"
 	@echo "make test-abi     the wheel built here, tested under torch $(TORCH_ABI) (TORCH_ABI=…)"
 	@echo "make ctest-arm    C++ tests cross-compiled for 64-bit Arm, run by qemu (g++-aarch64-linux-gnu, qemu-user)"
-	@echo "make gpu-check    tests and benchmarks on the GPU of this machine; rows and logs into OUT"
+	@echo "make gpu-check    gpu-doctor, -test, -ctest, -sanitize, -bench on the GPU of this machine; rows and logs into OUT"
 	@echo "make setup        only .venv and the native library; make clean, make distclean (.venv too)"
 
 setup: $(READY)
@@ -51,13 +56,17 @@ build/.ready: $(NATIVE)
 	else echo "make: cmake, ninja or c++ is missing here: taking the native library that is already there, if any"; fi
 	@touch $@
 
-test: ctest ctest-sanitize pytest
+test: ctest ctest-sanitize pytest pytest-emulated
 
 # $(call run_ctest,folder,options)
 run_ctest = cmake -G Ninja -S . -B $(1) -DFPET_BUILD_OPS=OFF -DFPET_BUILD_TESTS=ON $(2) && cmake --build $(1) && ctest --test-dir $(1) --output-on-failure
 
+# Also the torch operators over emulated CUDA kernels, for pytest-emulated; and the CUDA tests, which say that they were skipped.
 ctest: $(READY)
-	$(call run_ctest,build/ctest,-DCMAKE_BUILD_TYPE=Release)
+	@type nvcc &> /dev/null || echo '!!! NOT CHECKED: that nvcc compiles the CUDA kernels, and their machine code. No nvcc here. !!!' >&2
+	$(call run_ctest,build/ctest,-DCMAKE_BUILD_TYPE=Release $(with_ops))
+
+with_ops = -DFPET_BUILD_OPS=ON -DFPET_TORCH_DIR=$$($(PY) -c 'import build_backend; print(build_backend.find_torch())')
 
 ctest-sanitize: $(READY)
 	$(call run_ctest,build/ctest-sanitize,-DCMAKE_BUILD_TYPE=RelWithDebInfo '-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g1' -DFPET_SANITIZE=address$(comma)undefined)
@@ -72,16 +81,52 @@ pytest: $(READY)
 	FPET_REQUIRE_BACKENDS=cpu $(PY) -m pytest -q
 	@if compgen -G 'tests/test_triton*.py' > /dev/null; then set -x; TRITON_INTERPRET=1 $(PY) -m pytest -q tests/test_triton*.py; fi
 
+# The contract on the CUDA kernels compiled for the host, through the binding: no GPU, no nvcc.
+EMULATED := $(CURDIR)/build/ctest/libfpet_cuda_emulated_ops.so
+pytest-emulated: $(READY)
+	@test -e $(EMULATED) || { echo "make: make ctest builds what this runs" >&2; exit 1; }
+	FPET_EMULATED_CUDA=$(EMULATED) $(PY) -m pytest -q -k cuda-cpu tests/test_conservation.py tests/test_cuda.py tests/test_errors.py \
+	  tests/test_golden.py tests/test_gradients.py tests/test_heads.py tests/test_properties.py tests/test_split.py
+
 lint: $(if $(wildcard $(READY)),,$(READY)) # needs the tools, not the latest library
 	PRE_COMMIT_HOME=$(CURDIR)/$(VENV)/pre-commit pre-commit run --all-files --show-diff-on-failure
 
 bench: $(READY)
 	$(PY) benchmarks/kernel_vs_ref.py $(BENCH_ARGS)
 
+# Every part is run and logged, whatever became of the ones before.
+gpu-check: export FPET_CUDA := 1
 gpu-check: $(READY)
+	@status=0; for part in doctor test ctest sanitize bench; do \
+	  $(MAKE) --no-print-directory gpu-$$part || { status=1; echo "!!! gpu-$$part FAILED !!!" >&2; }; done; exit $$status
+
+gpu-doctor: $(READY)
 	@mkdir -p $(OUT)
-	$(PY) -m fpet_kernels | tee $(OUT)/gpu-doctor.txt || true
-	FPET_REQUIRE_BACKENDS=triton $(PY) -m pytest -q 2>&1 | tee $(OUT)/gpu-tests.txt
+	$(PY) -m fpet_kernels | tee $(OUT)/gpu-doctor.txt
+
+gpu-test: $(READY)
+	@mkdir -p $(OUT)
+	FPET_REQUIRE_BACKENDS=cuda,triton,cpu $(PY) -m pytest -q 2>&1 | tee $(OUT)/gpu-tests.txt
+
+gpu-ctest: $(READY)
+	@mkdir -p $(OUT)
+	{ $(call run_ctest,build/gpu,-DCMAKE_BUILD_TYPE=Release -DFPET_CUDA=ON) && build/gpu/example_merge; } 2>&1 | tee $(OUT)/gpu-ctest.txt
+
+SANITIZER := $(firstword $(shell type -P compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
+SANITIZE_TIMEOUT ?= 180
+
+# Not every virtual machine lets it at the GPU; then this says so, and is no failure.
+gpu-sanitize: gpu-ctest
+	@if [[ -z "$(SANITIZER)" ]]; then echo '!!! NOT CHECKED: compute-sanitizer is not installed here. !!!' >&2; exit 0; fi; \
+	status=0; for tool in memcheck racecheck initcheck; do for test in test_cuda_forward test_cuda_backward; do \
+	  log=$(OUT)/gpu-$$tool-$$test.txt; echo "$$tool $$test"; \
+	  timeout $(SANITIZE_TIMEOUT) $(SANITIZER) --tool $$tool --error-exitcode 9 build/gpu/$$test &> $$log && code=0 || code=$$?; tail -n 2 $$log; \
+	  if grep -q 'Device not supported' $$log; then echo "!!! NOT CHECKED: $$tool does not support this device here. !!!" >&2; \
+	  elif [[ $$code == 124 ]]; then echo "!!! NOT FINISHED: $$tool $$test took over $(SANITIZE_TIMEOUT) s. !!!" >&2; \
+	  elif [[ $$code != 0 ]]; then status=1; fi; done; done; exit $$status
+
+gpu-bench: $(READY)
+	@mkdir -p $(OUT)
 	$(PY) benchmarks/kernel_vs_ref.py --device cuda --out $(OUT)/kernel_vs_ref-cuda.jsonl $(BENCH_ARGS) 2>&1 | tee $(OUT)/gpu-bench.txt
 
 # The wheel is built against the torch of .venv; tests are copied away, so that the source tree can't be imported.

@@ -1,7 +1,8 @@
 """Which backends and devices the suite runs on.
 
-Tests ask for ``backend, device`` (every backend that runs here, on every device it runs on) or ``fused, device`` (the same
-without the reference). ``FPET_REQUIRE_BACKENDS="cpu,triton"`` makes a missing backend an error instead of fewer tests.
+Tests ask for ``backend, device`` (every backend that runs here, on every device it runs on), ``fused, device`` (the same
+without the reference) or ``cuda, device`` (that one alone). ``FPET_REQUIRE_BACKENDS="cpu,triton"`` makes a missing backend an
+error instead of fewer tests.
 ``FPET_EMULATED_CUDA`` names a library of CUDA kernels compiled for the host (csrc/tests/cuda_emulator.h): backend "cuda" then runs on
 CPU tensors too, slowly, as Triton's does under ``TRITON_INTERPRET=1``.
 """
@@ -70,7 +71,8 @@ def pytest_sessionstart() -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     own = {name.strip() for mark in metafunc.definition.iter_markers("parametrize") for name in str(mark.args[0]).split(",")}
-    for fixture, pairs in (("backend", targets()), ("fused", targets(fused=True))):
+    cuda = [(name, device) for name, device in targets() if name == "cuda"]
+    for fixture, pairs in (("backend", targets()), ("fused", targets(fused=True)), ("cuda", cuda)):
         if fixture in metafunc.fixturenames and fixture not in own:
             metafunc.parametrize((fixture, "device"), pairs, ids=[f"{name}-{device}" for name, device in pairs])
             return
