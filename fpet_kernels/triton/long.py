@@ -37,11 +37,11 @@ from .primitives import (
 def _hidden(
     p_key, stride_key_h, stride_key_n, stride_key_c, heads, p_down, stride_down_h, stride_down_c, p_mask, stride_mask_n,
     stride_mask_h, tokens, row_mask, h, hidden, channels,
-    BC: tl.constexpr, MASKED: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
+    BC: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """pre = key W_downᵀ and the dropout mask, both [rows, h], of one image."""
     pre = zeros((tokens.shape[0], h.shape[0]), DOUBLE)
-    for c_start in range(0, channels, BC):
+    for c_start in range(0, BC if WHOLE else channels, BC):
         c = c_start + tl.arange(0, BC)
         key = load_key(p_key, stride_key_h, stride_key_n, stride_key_c, heads, tokens, row_mask, c, channels, DOUBLE)
         down = load_matrix(p_down, c, channels, stride_down_c, h, hidden, stride_down_h, DOUBLE)  # [BC, BH]
@@ -109,8 +109,8 @@ def _prepare_rows(
                     else:
                         pre, keep = _hidden(
                             p_key, stride_key_h, stride_key_n, stride_key_c, heads, p_down, stride_down_h, stride_down_c,
-                            p_mask, stride_mask_n, stride_mask_h, tokens, row_mask, h, hidden, channels, BC, MASKED, DOUBLE,
-                            SPLIT,
+                            p_mask, stride_mask_n, stride_mask_h, tokens, row_mask, h, hidden, channels, BC, MASKED, WHOLE,
+                            DOUBLE, SPLIT,
                         )  # fmt: skip
                     w_up = load_matrix(p_up, h, hidden, stride_up_h, c, channels, stride_up_c, DOUBLE)  # [BH, BC]
                     up = exact_dot(tl.maximum(pre, 0.0) * keep, w_up, up, SPLIT)
@@ -147,11 +147,11 @@ def prepare_keys(
 @triton.jit
 def _scores(
     p_prepared, p_norm, image_row, r_a, a_mask, r_b, b_mask, channels,
-    BC: tl.constexpr, COSINE: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
+    BC: tl.constexpr, COSINE: tl.constexpr, WHOLE: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """[sources, destinations] scores of one tile; ``image_row`` is the image's first row."""
     scores = zeros((r_a.shape[0], r_b.shape[0]), DOUBLE)
-    for c_start in range(0, channels, BC):
+    for c_start in range(0, BC if WHOLE else channels, BC):
         c = c_start + tl.arange(0, BC)
         c_mask = c < channels
         key_a = tl.load(
@@ -171,7 +171,8 @@ def _scores(
 @triton.jit(do_not_specialize=["num_a", "num_b"])
 def match_tiles(
     p_prepared, p_norm, p_match, p_second, p_mid, num_a, num_b, prefix, channels,
-    BA: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr, COSINE: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
+    BA: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr, COSINE: tl.constexpr, WHOLE: tl.constexpr, DOUBLE: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """match, second, mid of BA sources: all destinations pass by in tiles, the two best so far are kept."""
     blocks = tl.cdiv(num_a, BA)
@@ -186,7 +187,9 @@ def match_tiles(
     i_second = tl.zeros((BA,), tl.int32)
     for start in range(0, num_b, BB):
         j = start + tl.arange(0, BB)
-        scores = _scores(p_prepared, p_norm, image_row, i, a_mask, num_a + j, j < num_b, channels, BC, COSINE, DOUBLE, SPLIT)
+        scores = _scores(
+            p_prepared, p_norm, image_row, i, a_mask, num_a + j, j < num_b, channels, BC, COSINE, WHOLE, DOUBLE, SPLIT
+        )
         tile_best, i_tile_best, tile_second, i_tile_second = top_two(scores, num_b - start)
         # What came earlier has lower columns and wins ties.
         wins = tile_best > best
@@ -400,7 +403,7 @@ def _score_gradient(
     stride_grad_b, stride_grad_e, stride_grad_d, stride_x_b, stride_x_n, stride_x_d, stride_size_b, stride_size_n,
     b, i, j, num_a, num_b, prefix, width, dim, channels,
     BC: tl.constexpr, BD: tl.constexpr, LISTED: tl.constexpr, SIZED: tl.constexpr, COSINE: tl.constexpr,
-    DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
+    WHOLE: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """[sources, destinations] tile of dM ⊙ p (1 − p), before the mean of the two best takes its share; zero outside."""
     a_mask = i < num_a
@@ -429,7 +432,9 @@ def _score_gradient(
     if SIZED:
         size = tl.load(p_size + b * stride_size_b + token * stride_size_n, mask=a_mask, other=0.0)
         grad_m = grad_m * wide(size, DOUBLE)[:, None]
-    scores = _scores(p_prepared, p_norm, b * (num_a + num_b), i, a_mask, num_a + j, b_mask, channels, BC, COSINE, DOUBLE, SPLIT)
+    scores = _scores(
+        p_prepared, p_norm, b * (num_a + num_b), i, a_mask, num_a + j, b_mask, channels, BC, COSINE, WHOLE, DOUBLE, SPLIT
+    )
     mid = tl.load(p_mid + b * num_a + i, mask=a_mask, other=0.0)
     return tl.where(a_mask[:, None] & b_mask[None, :], grad_m * soft_slope(scores, mid[:, None]), 0.0)
 
@@ -452,7 +457,7 @@ def row_pass(
     stride_grad_b, stride_grad_e, stride_grad_d, stride_x_b, stride_x_n, stride_x_d, stride_size_b, stride_size_n,
     num_a, num_b, prefix, width, dim, channels,
     BA: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, LISTED: tl.constexpr, SIZED: tl.constexpr,
-    COSINE: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
+    COSINE: tl.constexpr, WHOLE: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dk̂ of BA sources, and ½ Σ_j ds_ij, which the mean of the two best takes from its two entries."""
     blocks = tl.cdiv(num_a, BA)
@@ -468,7 +473,7 @@ def row_pass(
         grad_s = _score_gradient(
             p_grad, p_x, p_size, p_merged_size, p_gamma, p_prepared, p_norm, p_mid, p_split_a,
             stride_grad_b, stride_grad_e, stride_grad_d, stride_x_b, stride_x_n, stride_x_d, stride_size_b, stride_size_n,
-            b, i, j, num_a, num_b, prefix, width, dim, channels, BC, BD, LISTED, SIZED, COSINE, DOUBLE, SPLIT,
+            b, i, j, num_a, num_b, prefix, width, dim, channels, BC, BD, LISTED, SIZED, COSINE, WHOLE, DOUBLE, SPLIT,
         )  # fmt: skip
         share += tl.sum(grad_s, axis=1)
         unit = _unit_keys(p_prepared, p_norm, image_row, num_a + j, j < num_b, c, channels, COSINE, DOUBLE)
@@ -495,7 +500,7 @@ def column_pass(
     stride_grad_b, stride_grad_e, stride_grad_d, stride_x_b, stride_x_n, stride_x_d, stride_size_b, stride_size_n,
     num_a, num_b, prefix, width, dim, channels,
     BA: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, LISTED: tl.constexpr, SIZED: tl.constexpr,
-    COSINE: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
+    COSINE: tl.constexpr, WHOLE: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dk̂ of BB destinations; the shares come from the row pass."""
     blocks = tl.cdiv(num_b, BB)
@@ -510,7 +515,7 @@ def column_pass(
         grad_s = _score_gradient(
             p_grad, p_x, p_size, p_merged_size, p_gamma, p_prepared, p_norm, p_mid, p_split_a,
             stride_grad_b, stride_grad_e, stride_grad_d, stride_x_b, stride_x_n, stride_x_d, stride_size_b, stride_size_n,
-            b, i, j, num_a, num_b, prefix, width, dim, channels, BC, BD, LISTED, SIZED, COSINE, DOUBLE, SPLIT,
+            b, i, j, num_a, num_b, prefix, width, dim, channels, BC, BD, LISTED, SIZED, COSINE, WHOLE, DOUBLE, SPLIT,
         )  # fmt: skip
         share = tl.load(p_share + b * num_a + i, mask=a_mask, other=0.0)
         best = tl.load(p_match + b * num_a + i, mask=a_mask, other=-1) - prefix
@@ -610,8 +615,8 @@ def attached_gradient(
     stride_key_b, stride_key_h, stride_key_n, stride_key_c, stride_down_h, stride_down_c, stride_up_c, stride_up_h,
     stride_mask_b, stride_mask_n, stride_mask_h,
     num_a, num_rows, prefix, width, channels, heads, out_heads, hidden, scale_high, scale_low,
-    BR: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr, DOUBLE: tl.constexpr,
-    SPLIT: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr,
+    WHOLE: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dk = dk' + dhidden W_down: the gradient of a key that was refined and is not detached; 0 for prefix tokens."""
     b, r, row_mask, token, in_image = _rows_of_image(
@@ -619,17 +624,17 @@ def attached_gradient(
     )
     image_row = b * num_rows
     scale = split_scalar(scale_high, scale_low, DOUBLE)
-    for c_start in range(0, channels, BC):
+    for c_start in range(0, BC if WHOLE else channels, BC):
         c = c_start + tl.arange(0, BC)
         c_mask = c < channels
         at = (image_row + r)[:, None] * channels + c[None, :]
         grad = tl.load(p_refined_grad + at, mask=row_mask[:, None] & c_mask[None, :], other=0.0)
-        for h_start in range(0, hidden, BH):
+        for h_start in range(0, BH if WHOLE else hidden, BH):
             h = h_start + tl.arange(0, BH)
             hidden_grad, _ = _hidden_gradient(
                 p_refined_grad, p_key, p_down, p_up, p_mask, stride_key_b, stride_key_h, stride_key_n, stride_key_c,
                 stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_b, stride_mask_n, stride_mask_h,
-                b, image_row, r, row_mask, token, h, channels, heads, hidden, scale, BC, MASKED, DOUBLE, SPLIT,
+                b, image_row, r, row_mask, token, h, channels, heads, hidden, scale, BC, MASKED, WHOLE, DOUBLE, SPLIT,
             )  # fmt: skip
             down = load_matrix(p_down, h, hidden, stride_down_h, c, channels, stride_down_c, DOUBLE)  # [BH, BC]
             grad = exact_dot(hidden_grad, down, grad, SPLIT)
@@ -642,16 +647,16 @@ def _hidden_gradient(
     p_refined_grad, p_key, p_down, p_up, p_mask, stride_key_b, stride_key_h, stride_key_n, stride_key_c,
     stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_b, stride_mask_n, stride_mask_h,
     b, image_row, r, row_mask, token, h, channels, heads, hidden, scale,
-    BC: tl.constexpr, MASKED: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
+    BC: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dhidden = scale · dk' W_up ⊙ mask ⊙ [pre > 0], and the hidden units themselves, both [rows, h]."""
     pre, keep = _hidden(
         p_key + b * stride_key_b, stride_key_h, stride_key_n, stride_key_c, heads, p_down, stride_down_h, stride_down_c,
-        p_mask + b * stride_mask_b, stride_mask_n, stride_mask_h, token, row_mask, h, hidden, channels, BC, MASKED, DOUBLE,
-        SPLIT,
+        p_mask + b * stride_mask_b, stride_mask_n, stride_mask_h, token, row_mask, h, hidden, channels, BC, MASKED, WHOLE,
+        DOUBLE, SPLIT,
     )  # fmt: skip
     through = zeros((r.shape[0], h.shape[0]), DOUBLE)
-    for c_start in range(0, channels, BC):
+    for c_start in range(0, BC if WHOLE else channels, BC):
         c = c_start + tl.arange(0, BC)
         grad = tl.load(
             p_refined_grad + (image_row + r)[:, None] * channels + c[None, :],
@@ -668,8 +673,8 @@ def weight_partials(
     stride_key_b, stride_key_h, stride_key_n, stride_key_c, stride_down_h, stride_down_c, stride_up_c, stride_up_h,
     stride_mask_b, stride_mask_n, stride_mask_h,
     num_a, num_rows, prefix, width, channels, heads, hidden, scale_high, scale_low, rows_per_program,
-    BR: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr, DOUBLE: tl.constexpr,
-    SPLIT: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr,
+    WHOLE: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One program's part of dW_downᵀ and dW_up, both laid out (C, h): partial[program, 0 or 1, C, h]."""
     pieces = tl.cdiv(num_rows, rows_per_program)
@@ -689,7 +694,7 @@ def weight_partials(
         hidden_grad, units = _hidden_gradient(
             p_refined_grad, p_key, p_down, p_up, p_mask, stride_key_b, stride_key_h, stride_key_n, stride_key_c,
             stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_b, stride_mask_n, stride_mask_h,
-            b, image_row, r, row_mask, token, h, channels, heads, hidden, scale, BC, MASKED, DOUBLE, SPLIT,
+            b, image_row, r, row_mask, token, h, channels, heads, hidden, scale, BC, MASKED, WHOLE, DOUBLE, SPLIT,
         )  # fmt: skip
         key = load_key(
             p_key + b * stride_key_b, stride_key_h, stride_key_n, stride_key_c, heads, token, row_mask, c, channels, DOUBLE

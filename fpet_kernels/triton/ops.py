@@ -140,6 +140,7 @@ class _Problem:
         self.arch = configs.table(x.device.type, x.device.index)
         self.tiles = self.arch.tiles_double if self.double else self.arch.tiles
         self.block_h = min(self.tiles.block_c, configs.next_power(max(self.hidden, 1)))
+        self.whole = bool(self.channels <= self.tiles.block_c and self.hidden <= self.block_h)
         self.split = self.arch.split_float32
         self.short = None if self.double else configs.short_class(self.num_a, self.num_b, self.channels, self.hidden)
         stride = key.stride()
@@ -183,7 +184,7 @@ class _Problem:
         return {
             "BR": t.rows, "BC": t.block_c, "BH": self.block_h, "LISTED": self.listed, "REFINED": self.refined,
             "MASKED": self.masked, "DELTA": self.delta, "COSINE": self.cosine, "RAW": self.raw,
-            "WHOLE": bool(self.channels <= t.block_c and self.hidden <= self.block_h), "DOUBLE": self.double,
+            "WHOLE": self.whole, "DOUBLE": self.double,
             "SPLIT": self.split, "num_warps": t.warps, "num_stages": t.stages,
         }  # fmt: skip
 
@@ -270,7 +271,7 @@ class _Gradient(_Problem):
         t = self.tiles
         return {
             "BR": t.rows, "BC": t.block_c, "BH": self.block_h, "LISTED": self.listed, "MASKED": self.masked,
-            "DOUBLE": self.double, "SPLIT": self.split, "num_warps": t.warps, "num_stages": t.stages,
+            "WHOLE": self.whole, "DOUBLE": self.double, "SPLIT": self.split, "num_warps": t.warps, "num_stages": t.stages,
         }  # fmt: skip
 
 
@@ -321,8 +322,8 @@ def _forward_long(
             lambda: (
                 (q.batch * _cdiv(q.num_a, t.block_a),),
                 (q.num_a, q.num_b, q.prefix, q.channels),
-                {"BA": t.block_a, "BB": t.block_b, "BC": t.block_c, "COSINE": q.cosine, "DOUBLE": q.double, "SPLIT": q.split,
-                 "num_warps": t.warps, "num_stages": t.stages},
+                {"BA": t.block_a, "BB": t.block_b, "BC": t.block_c, "COSINE": q.cosine, "WHOLE": q.whole, "DOUBLE": q.double,
+                 "SPLIT": q.split, "num_warps": t.warps, "num_stages": t.stages},
             ),
             prepared, norm, match, second, mid,
         )  # fmt: skip
@@ -481,7 +482,8 @@ def _backward(
                 (q.batch * blocks, _cdiv(q.channels, t.block_c)),
                 (*q.s_grad, *q.s_x, *q.s_size, q.num_a, q.num_b, q.prefix, q.width, q.dim, q.channels),
                 {"BA": t.block_a, "BB": t.block_b, "BC": t.block_c, "BD": t.block_d, "LISTED": q.listed, "SIZED": q.sized,
-                 "COSINE": q.cosine, "DOUBLE": q.double, "SPLIT": q.split, "num_warps": t.warps, "num_stages": t.stages},
+                 "COSINE": q.cosine, "WHOLE": q.whole, "DOUBLE": q.double, "SPLIT": q.split, "num_warps": t.warps,
+                 "num_stages": t.stages},
             )  # fmt: skip
 
         tensors = (grad_tokens, i.x, i.size, merged_size, gamma, prepared, norm, match, second, mid, i.a, share, unit_grad)
