@@ -94,7 +94,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     transformer_blocks(model)
     if getattr(model, "adapter_config", None) is not None or getattr(model, "fpet_config", None) is not None:
         raise ValueError("model: expected a bare backbone, got one with adapters or merging: fpet.remove_adapters, fpet.remove")
-    header, tensors = _read(Path(path))
+    header, tensors = read_file(Path(path))
     config = AdapterConfig(**header["adapter"])
     backbone = header["backbone"]
     if (found := backbone_hash(model, config.method)) != backbone["sha256"]:
@@ -145,7 +145,7 @@ def _write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a file of ours, checked as far as they can be without a model."""
     if not path.is_file():
         raise FileNotFoundError(f"path: expected a file written by fpet.save, got {path}, which is no file")

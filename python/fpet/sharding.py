@@ -1,4 +1,4 @@
-"""FSDP2: parameters, gradients and optimiser shared out between processes; full tensors wherever something is written or read."""
+"""FSDP2: parameters, gradients and optimiser shared out between processes; whole tensors wherever they are written or read."""
 
 from __future__ import annotations
 

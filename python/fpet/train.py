@@ -389,6 +389,8 @@ class _Run:
             self.sums = state["sums"][self.rank]
             checkpoint.restore_rng(state["rng"][self.rank])
         else:
+            if self.rank == 0:
+                self.sums = [sum(column) for column in zip(*state["sums"], strict=True)]
             warnings.warn(
                 f"resumed with {self.world} processes instead of {len(state['rng'])}: dropout is not that of an unbroken run",
                 RuntimeWarning, stacklevel=2,

@@ -139,6 +139,23 @@ def _put(parent: nn.Module, name: str, child: PETModule, reference: nn.Module) -
     setattr(parent, name, child.to(weight.device, weight.dtype).train(parent.training))
 
 
+def hook(model: Any, parent: nn.Module, name: str, child: PETModule, like: PETModule | None = None) -> None:
+    """Makes parent.name act on its parent, where the parent's forward does not call it. like: what child stands for."""
+    like = child if like is None else like
+    if name == "rep_adapter":
+        child.handle = parent.register_forward_pre_hook(_replace_input)
+    elif name == "ssf":
+        child.handle = parent.register_forward_hook(_scale_output)
+    elif name == "fact":
+        child.handle = parent.register_forward_hook(_add_to_output)
+    elif isinstance(like, Prompts) and like.insert:
+        child.handle = parent.register_forward_hook(_insert_prompts)
+        _shift_prefix(model, like.tokens.shape[1])
+        model.set_input_size = _refuse_set_input_size
+    elif isinstance(like, Prompts):
+        child.handle = parent.register_forward_pre_hook(_replace_prompts)
+
+
 def _remove(model: nn.Module, parent: nn.Module, name: str) -> None:
     child = getattr(parent, name)
     if child.handle is not None:
@@ -296,7 +313,7 @@ def _install_repadapter(model: nn.Module, blocks: list[nn.Module], config: Adapt
         ):
             adapter = RepAdapter(width, config.hidden_dim, dropout=config.dropout, scale=config.scale)
             _put(parent, "rep_adapter", adapter, parent)
-            adapter.handle = parent.register_forward_pre_hook(_replace_input)
+            hook(model, parent, "rep_adapter", adapter)
 
 
 def _install_ssf(model: nn.Module, blocks: list[nn.Module], config: AdapterConfig) -> None:
@@ -307,7 +324,7 @@ def _install_ssf(model: nn.Module, blocks: list[nn.Module], config: AdapterConfi
         else:
             ssf = ScaleShift(layer.out_features if isinstance(layer, nn.Linear) else layer.normalized_shape[-1])
         _put(layer, "ssf", ssf, model.blocks)  # type: ignore[arg-type]
-        ssf.handle = layer.register_forward_hook(_scale_output)
+        hook(model, layer, "ssf", ssf)
 
 
 def _install_vpt(model: Any, blocks: list[nn.Module], config: AdapterConfig) -> None:
@@ -322,14 +339,12 @@ def _install_vpt(model: Any, blocks: list[nn.Module], config: AdapterConfig) -> 
     options: dict[str, Any] = {"bound": bound, "dropout": config.dropout}
     prompts = Prompts(config.hidden_dim, width, position, insert=True, **options)
     _put(model.norm_pre, "prompts", prompts, model.blocks)
-    prompts.handle = model.norm_pre.register_forward_hook(_insert_prompts)
-    _shift_prefix(model, config.hidden_dim)
-    model.set_input_size = _refuse_set_input_size
+    hook(model, model.norm_pre, "prompts", prompts)
     if config.method == "vpt-deep":
         for block in blocks[1:]:
             fresh = Prompts(config.hidden_dim, width, position, insert=False, **options)
             _put(block, "prompts", fresh, block)
-            fresh.handle = block.register_forward_pre_hook(_replace_prompts)
+            hook(model, block, "prompts", fresh)
 
 
 def _install_fact(model: Any, blocks: list[nn.Module], config: AdapterConfig) -> None:
@@ -347,7 +362,7 @@ def _install_fact(model: Any, blocks: list[nn.Module], config: AdapterConfig) ->
                 factors, layer.in_features // width, layer.out_features // width, dropout=config.dropout, scale=config.scale
             )
             _put(layer, "fact", fact, layer)
-            fact.handle = layer.register_forward_hook(_add_to_output)
+            hook(model, layer, "fact", fact)
 
 
 _INSTALL = {
