@@ -47,14 +47,18 @@ REGISTERS, THREADS, PROGRAMS = 65_536, 2_048, 32  # of one multiprocessor
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the prediction knows of a GPU. bandwidth: bytes per second of a copy, read and written."""
+    """What the prediction knows of a GPU. bandwidth: bytes per second of a copy, read and written. flops: bfloat16, dense."""
 
     bandwidth: float
+    flops: float
     multiprocessors: int
     shared: int
 
 
-ASSUMED = {"sm80": Gpu(1.6e12, 108, 167_936), "sm90": Gpu(4.3e12, 132, 233_472), "sm100": Gpu(6.5e12, 148, 233_472)}
+ASSUMED = {
+    "sm80": Gpu(1.6e12, 0.25e15, 108, 167_936), "sm90": Gpu(4.3e12, 0.75e15, 132, 233_472),
+    "sm100": Gpu(6.5e12, 1.7e15, 148, 233_472),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,15 @@ class Slot:
         x, key, y = n * c.dim * c.x.itemsize, n * c.heads * c.channels * c.key.itemsize, merged * c.dim * c.x.itemsize
         forward, backward = x + key + y, 2 * y + x + key + x + n * c.channels * c.key.itemsize
         return c.batch * (self.forward * forward + self.backward * backward)
+
+    @property
+    def products(self) -> int:
+        """Floating-point operations on matrix units; a product of two float32 matrices is six of bfloat16."""
+        c = self.case
+        pairs = c.batch * ((c.grid[0] * c.grid[1]) ** 2 // 2)  # two operations for each pair of a source and a destination
+        of_keys, of_x = (6 if c.hidden else 1) * c.channels, (6 if c.x == F32 else 1) * c.dim
+        passes = 2 if "row_pass" in self.kernels else 1
+        return pairs * (self.forward * of_keys + self.backward * (passes * (of_x + of_keys) + 2 * 6 * c.channels))
 
 
 def slots(frozen: configs.Architecture, batch: int) -> Iterator[Slot]:
@@ -153,7 +166,8 @@ def fitting(row: report.Row, gpu: Gpu) -> int:
 
 
 def predict(slot: Slot, candidate: Candidate, gpu: Gpu, shape: tuple[int, int]) -> float:
-    """Seconds: the bytes at copy bandwidth, longer where too little is in flight or multiprocessors get unequal shares.
+    """Seconds: the bytes at copy bandwidth, longer where too little is in flight or multiprocessors get unequal shares; or the
+    products at the rate of the matrix units.
 
     ``shape``: programs launched, and bytes that one of them has in flight.
     """
@@ -162,7 +176,8 @@ def predict(slot: Slot, candidate: Candidate, gpu: Gpu, shape: tuple[int, int]) 
     most = math.ceil(programs / gpu.multiprocessors)  # programs that one multiprocessor runs in all
     share = min(1.0, min(fit, most) * in_flight / (gpu.bandwidth / gpu.multiprocessors * LATENCY))
     unequal = most * gpu.multiprocessors / programs
-    return slot.bytes_moved / gpu.bandwidth / share * unequal + FIRST_PHASE * math.ceil(most / fit)
+    streaming = slot.bytes_moved / gpu.bandwidth / share * unequal + FIRST_PHASE * math.ceil(most / fit)
+    return max(streaming, slot.products / gpu.flops * unequal)
 
 
 def in_flight(slot: Slot, text: str) -> tuple[int, int]:
@@ -430,7 +445,7 @@ def main(argv: list[str] | None = None) -> int:
             )
             return 1
         properties = torch.cuda.get_device_properties(device)
-        gpu = Gpu(copy_bandwidth(device), properties.multi_processor_count, ASSUMED[table].shared)
+        gpu = replace(ASSUMED[table], bandwidth=copy_bandwidth(device), multiprocessors=properties.multi_processor_count)
         where = f"{properties.name}, copies at {gpu.bandwidth / 1e12:.2f} TB/s"
     frozen = configs.TABLES[table]
     chosen = [s for s in slots(frozen, options.batch) if not options.slot or any(text in s.name for text in options.slot)]
