@@ -92,8 +92,7 @@ def test_recall_errors():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("top_k", [0, 3, 500])
-@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize(("merge", "top_k"), [(False, 3), (True, 0), (True, 3), (True, 500)])
 def test_evaluation_is_one_pair_at_a_time(folder, tokenizer, merge, top_k):
     model = tiny()
     config = RetrievalConfig(merge=merge, adapter_dim=4, top_k=top_k)
