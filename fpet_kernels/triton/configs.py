@@ -99,6 +99,7 @@ _FORWARD = {
     (4, False, 256): Short(16, 32, 8, 2),
 }
 _FORWARD_SM90 = _FORWARD | {(2, False, 128): Short(128, 64, 8, 2), (4, False, 128): Short(128, 32, 8, 2)}
+_FORWARD_SM100 = _FORWARD_SM90 | {(4, False, 128): Short(32, 32, 8, 2)}
 _BACKWARD = {
     (2, True, 16): Short(16, 64, 4, 2),
     (2, True, 32): Short(32, 64, 4, 2),
@@ -132,7 +133,7 @@ def _four_warps(table: dict[tuple[int, bool, int], Short]) -> dict[tuple[int, bo
 TABLES: dict[str, Architecture] = {
     "sm80": Architecture(_FORWARD, _BACKWARD, 216, Tiles(32, 64, 64, 64, 8, 2), _DOUBLE, True, 166_912),
     "sm90": Architecture(_FORWARD_SM90, _BACKWARD_SM90, 264, Tiles(64, 64, 64, 64, 4, 2), _DOUBLE, True, 232_448),
-    "sm100": Architecture(_FORWARD_SM90, _BACKWARD_SM90, 296, Tiles(64, 64, 64, 64, 4, 2), _DOUBLE, True, 232_448),
+    "sm100": Architecture(_FORWARD_SM100, _BACKWARD_SM90, 296, Tiles(64, 64, 64, 64, 4, 2), _DOUBLE, True, 232_448),
     "gfx942": Architecture(
         _four_warps(_FORWARD), _four_warps(_BACKWARD_SM90), 304, Tiles(32, 64, 64, 32, 4, 2), _DOUBLE, True, 65_536
     ),

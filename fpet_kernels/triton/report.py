@@ -151,11 +151,11 @@ def _nvidia_usage(cubin: bytes) -> tuple[int | None, int | None]:
         file.write(cubin)
         file.flush()
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    local = re.search(r"LOCAL:(\d+)", text)
-    if found is None:
+    # A kernel, and what it calls without inlining it.
+    found = re.findall(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", text)
+    if not found:
         return None, None
-    return int(found[1]), int(found[2]) + (int(local[1]) if local else 0)
+    return max(int(registers) for registers, _, _ in found), sum(int(stack) + int(local) for _, stack, local in found)
 
 
 def _amd_usage(assembly: str) -> tuple[int | None, int | None]:
