@@ -96,7 +96,8 @@ struct FirstParams {
 };
 
 template <class S, class T>
-__global__ void __launch_bounds__(kKeyThreads) spread_and_prepare(const __grid_constant__ FirstParams<T> p) {
+__global__ void __launch_bounds__(kKeyThreads, sizeof(T) == 8 ? 2 : 3)
+    spread_and_prepare(const __grid_constant__ FirstParams<T> p) {
   if (int(blockIdx.x) < p.prepare_blocks) return prepare_block(p.prepare, blockIdx.x);
   const int index = int(blockIdx.x) - p.prepare_blocks, b = index / p.spread.blocks;
   const int64_t r = int64_t(index - b * p.spread.blocks) * kSpreadRows + warp_index();
@@ -171,14 +172,15 @@ __global__ void __launch_bounds__(kKeyThreads) key_gradient(const __grid_constan
     for (int r = warp_index(); r < rows; r += kKeyThreads / 32) {
       const int64_t row = first + r, j = row - q.num_a;
       if (j < 0) {
-        const T taken = share(row);
-        const int64_t best = image_row + q.num_a + targets[0][row] - q.prefix;
-        const int64_t second = image_row + q.num_a + targets[1][row] - q.prefix;
-        const T inverse_best = keys.inverse(best), inverse_second = keys.inverse(second);
         for (int c = lane_index(); c < channels; c += 32) {
           T sum = 0;
           for (int s = 0; s < pairs.segments; ++s) sum += pairs.part_a[((b * pairs.segments + s) * q.num_a + row) * padded + c];
-          grad[r * p.ld_key + c] = sum - taken * (inverse_best * keys.at(best, c) + inverse_second * keys.at(second, c));
+          grad[r * p.ld_key + c] = sum;
+        }
+        for (int k = 0; k < (pairs.whole_rows ? 0 : 2); ++k) {
+          const int64_t to = image_row + q.num_a + targets[k][row] - q.prefix;
+          const T taken = share(row) * keys.inverse(to);
+          for (int c = lane_index(); c < channels; c += 32) grad[r * p.ld_key + c] -= taken * keys.at(to, c);
         }
       } else {
         for (int c = lane_index(); c < channels; c += 32) {
@@ -189,7 +191,7 @@ __global__ void __launch_bounds__(kKeyThreads) key_gradient(const __grid_constan
       }
     }
     const int64_t low = max(first - q.num_a, int64_t(0)), high = first + rows - q.num_a;  // destinations among the rows
-    if (high > low) {
+    if (high > low && !pairs.whole_rows) {
       Collected<kKeyThreads, 2> found;
       for (int64_t from = 0; from < q.num_a; from = found.next) {
         found.run(targets, from, q.num_a, q.prefix + low, q.prefix + high, list, kListed, warp_counts);

@@ -23,12 +23,15 @@ struct PairParams {
   T* part_b;                             // (B, chunks, N_B, padded)
   T* sums;                               // (B, segments, N_A): Σ_j ds_ij
   int chunks, segments, chunk, segment;  // how many, and sources, destinations in one
+  // All destinations are in one tile: the mean of the two best takes its share there, before sums could cancel, and not in the end.
+  bool whole_rows;
   int stages;
   bool x_aligned, grad_aligned;
 
   void plan(Arena& arena, const Problem& problem, const int a, const int b) {
     q = problem;
     keys.plan(arena, q);
+    whole_rows = sizeof(T) == 4 && q.num_b <= b;
     const int64_t blocks_a = ceil_div(q.num_a, int64_t(a)), blocks_b = ceil_div(q.num_b, int64_t(b));
     chunk = int(ceil_div(blocks_a, max(int64_t(1), min(blocks_a, int64_t(8))))) * a;
     segment = int(ceil_div(blocks_b, min(blocks_b, int64_t(4)))) * b;
@@ -38,7 +41,7 @@ struct PairParams {
                                     : (const void*)arena.take<float>(q.batch * q.num_b);
     part_a = arena.take<T>(q.batch * segments * q.num_a * keys.padded);
     part_b = arena.take<T>(q.batch * chunks * q.num_b * keys.padded);
-    sums = arena.take<T>(q.batch * segments * q.num_a);
+    sums = arena.take<T>(whole_rows ? 0 : q.batch * segments * q.num_a);
   }
 };
 

@@ -18,9 +18,14 @@ struct PairVectors {
   };
   float inverse_b[kTileB];
   float mid[kTileA], size[kTileA], inverse_a[kTileA];
+  int best[kTileA], second[kTileA];
 };
 
 constexpr size_t pair_shared(int stages) { return size_t(stages) * kStageBytes + kWeightBytes + sizeof(PairVectors); }
+
+FPET_DEVICE float row_total(const PairVectors& v, int row) {
+  return ((v.sums[0][row] + v.sums[1][row]) + v.sums[2][row]) + v.sums[3][row];
+}
 
 // What comes into the ring, in the order in which it is used: of every tile D in steps of 128 bytes, then the parts of the keys
 // that make scores, then the parts that ds is multiplied with.
@@ -30,18 +35,18 @@ struct PairLoader {
   const PairParams<float>& p;
   int b, i0, j0, i_end, j_begin, j_end;
   int phase = 0, pair = 0, channel = 0, d = 0;
-  const S* x_row[kTileA / 32];
+  int token[kTileA / 32];
 
   FPET_DEVICE PairLoader(const PairParams<float>& params, int image, int i_begin, int i_stop, int j_start, int j_stop)
       : p(params), b(image), i0(i_begin), j0(j_start), i_end(i_stop), j_begin(j_start), j_end(j_stop) {
-    find_rows();
+    find_tokens();
   }
-  FPET_DEVICE void find_rows() {
+  FPET_DEVICE void find_tokens() {
     const Problem& q = p.q;
 #pragma unroll
     for (int r = 0; r < kTileA / 32; ++r) {
       const int i = i0 + copy_row(r);
-      x_row[r] = (const S*)q.x.data + b * q.x.stride[0] + (i < i_end ? source_token(q, i) : 0) * q.x.stride[1];
+      token[r] = i < i_end ? int(source_token(q, i)) : 0;
     }
   }
   FPET_DEVICE void operator()(char* stage) {
@@ -50,10 +55,11 @@ struct PairLoader {
     const PreparedKeys<float>& keys = p.keys;
     if (phase == 0) {
       const int at = d + copy_chunk() * (16 / int(sizeof(S)));
+      const S* x = (const S*)q.x.data + b * q.x.stride[0];
 #pragma unroll
       for (int r = 0; r < kTileA / 32; ++r)
-        copy_row_chunk(stage + turned(copy_row(r), copy_chunk()), x_row[r], at, int(q.dim), q.x.stride[2], p.x_aligned,
-                       i0 + copy_row(r) < i_end);
+        copy_row_chunk(stage + turned(copy_row(r), copy_chunk()), x + token[r] * q.x.stride[1], at, int(q.dim), q.x.stride[2],
+                       p.x_aligned, i0 + copy_row(r) < i_end);
       const View& grad = p.in.grad_tokens;
       const S* row = (const S*)grad.data + b * grad.stride[0] + (q.prefix + j0) * grad.stride[1];
 #pragma unroll
@@ -82,7 +88,7 @@ struct PairLoader {
     if (j0 < j_end) return;
     j0 = j_begin;
     i0 += kTileA;
-    if (i0 < i_end) find_rows();
+    if (i0 < i_end) find_tokens();
   }
 };
 
@@ -175,6 +181,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) pair_tiles(const __grid_const
       for (int r = int(threadIdx.x) - kTileB; r >= 0 && r < kTileA; r += kTileThreads) {
         const int i = i0 + r;
         const bool exists = i < i_end;
+        v.best[r] = exists ? int(p.in.match[int64_t(b) * num_a + i] - q.prefix) - j0 : -1;
+        v.second[r] = exists ? int(p.in.second[int64_t(b) * num_a + i] - q.prefix) - j0 : -1;
         v.mid[r] = exists ? ((const float*)p.in.mid)[int64_t(b) * num_a + i] : 0.f;
         v.inverse_a[r] = exists ? p.keys.inverse(image_row + i) : 0.f;
         v.size[r] = !exists        ? 0.f
@@ -182,8 +190,12 @@ __global__ void __launch_bounds__(kTileThreads, 2) pair_tiles(const __grid_const
                                    : load_any<float>(q.size, b * q.size.stride[0] + source_token(q, i) * q.size.stride[1]);
       }
 
-      Tile grad = {};  // G_j · x_i, then ds
+      Tile grad = {};  // G_j · x_i
       for (int d = 0; d < int(q.dim); d += PairLoader<S>::kDepth) add_products<S, false>(grad, ring.next(fill));
+      // Out of the registers until scores are there; where the parts of the last ds' were, which all have read.
+      float* own = (float*)weights + threadIdx.x;
+#pragma unroll
+      for (int e = 0; e < 32; ++e) own[e * kTileThreads] = grad[e / 16][e / 4 % 4][e % 4];
       Tile scores = {};
       for (int channel = 0; channel < padded; channel += kChannelBlock)
         for (int pair = first_pair(parts); pair < kPairs; ++pair) add_products<bf16, true>(scores, ring.next(fill));
@@ -202,22 +214,40 @@ __global__ void __launch_bounds__(kTileThreads, 2) pair_tiles(const __grid_const
             for (int e = 0; e < 2; ++e) {
               const int column = tile_column(n) + e;
               const float scale = inverse_a * v.inverse_b[column];
-              float& g = grad[m][n][2 * half + e];
+              const float g = own[(m * 16 + n * 4 + 2 * half + e) * kTileThreads];
               const float grad_match = (g * v.inverse_n[column] + v.gamma[column]) * size;
-              const float t = expf(-fabsf(scores[m][n][2 * half + e] * scale - mid));  // p (1 − p) is even in s − m
+              float& score = scores[m][n][2 * half + e];
+              const float t = expf(-fabsf(score * scale - mid));  // p (1 − p) is even in s − m
               const float ds = grad_match * __fdividef(t, (1.f + t) * (1.f + t));
               sum += ds;
-              g = ds * scale;
+              score = ds * scale;  // from here on, ds'
             }
           row_sum[m][half] = warp_sum<4>(sum);
         }
       __syncthreads();  // sums lie where other warps may still have read
-      write_weights(weights, grad);
       if (lane_index() % 4 == 0)
 #pragma unroll
         for (int m = 0; m < 2; ++m)
 #pragma unroll
           for (int half = 0; half < 2; ++half) v.sums[warp_index() % 4][tile_row(m, half)] = row_sum[m][half];
+      if (p.whole_rows) {  // what the mean of the two best takes from each of them
+        __syncthreads();
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int row = tile_row(m, half), best = v.best[row], second = v.second[row];
+            const float share = row_total(v, row) / 2.f * v.inverse_a[row];
+#pragma unroll
+            for (int n = 0; n < 4; ++n)
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                const int column = tile_column(n) + e;
+                if (column == best || column == second) scores[m][n][2 * half + e] -= share * v.inverse_b[column];
+              }
+          }
+      }
+      write_weights(weights, scores);
 
       for (int channel = 0; channel < padded; channel += kChannelBlock) {
         KeySums sums = {};
@@ -247,10 +277,9 @@ __global__ void __launch_bounds__(kTileThreads, 2) pair_tiles(const __grid_const
       }
       // A barrier of the ring lies between this and the sums of the warps.
       const int row = int(threadIdx.x);
-      if (row < kTileA && i0 + row < i_end) {
+      if (!p.whole_rows && row < kTileA && i0 + row < i_end) {
         float* to = p.sums + int64_t(b * p.segments + segment) * num_a + i0 + row;
-        const float sum = ((v.sums[0][row] + v.sums[1][row]) + v.sums[2][row]) + v.sums[3][row];
-        *to = j0 == j_begin ? sum : *to + sum;
+        *to = j0 == j_begin ? row_total(v, row) : *to + row_total(v, row);
       }
     }
 }

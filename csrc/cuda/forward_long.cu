@@ -10,7 +10,8 @@ namespace cuda {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kKeyThreads) prepare_keys(const __grid_constant__ PrepareParams<T> p) {
+__global__ void __launch_bounds__(kKeyThreads, sizeof(T) == 8 ? 2 : 3)
+    prepare_keys(const __grid_constant__ PrepareParams<T> p) {
   prepare_block(p, blockIdx.x);
 }
 
@@ -61,6 +62,9 @@ __global__ void __launch_bounds__(kTileThreads, 2) match_tiles(const __grid_cons
   Ring ring{shared_memory(), p.stages};
   float* inverse_b = (float*)(ring.base + p.stages * kStageBytes);    // (128)
   Candidate<float>* found = (Candidate<float>*)(inverse_b + kTileB);  // (4, 64)
+  // A thread's top two of each of its rows wait here for the rare score that is better than the second: registers are short.
+  TopTwo<float>* best = (TopTwo<float>*)(found + 4 * kTileA) + threadIdx.x;  // (4, 256)
+  float second[2][2];
 
   const int first = first_pair(p.keys.parts);
   int64_t load_j = j_begin;
@@ -85,8 +89,9 @@ __global__ void __launch_bounds__(kTileThreads, 2) match_tiles(const __grid_cons
     for (int half = 0; half < 2; ++half) {
       const int64_t i = i0 + tile_row(m, half);
       inverse_a[m][half] = i < q.num_a ? p.keys.inverse(image_row + i) : 0.f;
+      second[m][half] = -INFINITY;
+      best[(2 * m + half) * kTileThreads] = TopTwo<float>{};
     }
-  TopTwo<float> best[2][2];
   for (int64_t j0 = j_begin; j0 < j_end; j0 += kTileB) {
     __syncthreads();  // the norms of the last tile have been read
     if (int(threadIdx.x) < kTileB) {
@@ -100,7 +105,6 @@ __global__ void __launch_bounds__(kTileThreads, 2) match_tiles(const __grid_cons
     for (int m = 0; m < 2; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        TopTwo<float>& top = best[m][half];
         float largest = -INFINITY;
 #pragma unroll
         for (int n = 0; n < 4; ++n)
@@ -111,18 +115,21 @@ __global__ void __launch_bounds__(kTileThreads, 2) match_tiles(const __grid_cons
             if (j0 + tile_column(n) + e >= j_end) score = -INFINITY;
             largest = fmaxf(largest, score);
           }
-        if (!(largest > top.second)) continue;  // most tiles change nothing
+        if (!(largest > second[m][half])) continue;  // most tiles change nothing
+        TopTwo<float> top = best[(2 * m + half) * kTileThreads];
 #pragma unroll
         for (int n = 0; n < 4; ++n)
 #pragma unroll
           for (int e = 0; e < 2; ++e) top.add(scores[m][n][2 * half + e], int(j0) + tile_column(n) + e);
+        best[(2 * m + half) * kTileThreads] = top;
+        second[m][half] = top.second;
       }
   }
 #pragma unroll
   for (int m = 0; m < 2; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      TopTwo<float>& top = best[m][half];
+      TopTwo<float> top = best[(2 * m + half) * kTileThreads];
       top.merge_lane(1);
       top.merge_lane(2);
       if (lane_index() % 4 == 0)
@@ -140,7 +147,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) match_tiles(const __grid_cons
 }
 
 constexpr size_t match_shared(int stages) {
-  return size_t(stages) * kStageBytes + kTileB * sizeof(float) + 4 * kTileA * sizeof(Candidate<float>);
+  return size_t(stages) * kStageBytes + kTileB * sizeof(float) + 4 * kTileA * sizeof(Candidate<float>) +
+         4 * kTileThreads * sizeof(TopTwo<float>);
 }
 
 // The same in float64: 32 sources, 32 destinations at a time, 2 × 2 of them a thread.

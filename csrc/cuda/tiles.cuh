@@ -149,10 +149,13 @@ FPET_DEVICE void copy_row_chunk(char* to, const S* row, int at, int length, int6
     return;
   }
   constexpr int count = 16 / int(sizeof(S));
-  alignas(16) S values[count];
+  union {
+    S values[count];
+    uint4 whole;
+  };
 #pragma unroll
   for (int e = 0; e < count; ++e) values[e] = valid && at + e < length ? row[(at + e) * stride] : S{};
-  store16(to, *(const uint4*)values);
+  store16(to, whole);
 }
 
 // Products of parts (a, b), smallest first; a key of `parts` parts begins at first_pair(parts).

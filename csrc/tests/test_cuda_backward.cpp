@@ -5,11 +5,16 @@
 #include <functional>
 #include <map>
 
-#include "launch.cuh"
 #include "oracle_backward.h"
 #ifdef FPET_EMULATE_CUDA
 #include "cuda_emulator.h"
 #endif
+
+// Of csrc/cuda/launch.cuh, which only compilers of kernels can read: cuda_forward has another way for short grids.
+namespace fpet::cuda {
+size_t forward_long_workspace(const Problem&);
+CudaStatus forward_long(const Problem&, const ForwardOutputs&, void* workspace, cudaStream_t);
+}  // namespace fpet::cuda
 
 namespace {
 
@@ -160,8 +165,7 @@ void check_values(const Case& t, const Handed& h, const Results& r, bool grad_si
   close("up", r.up, c.weight, truth.up, plain.up, cut);
 }
 
-void check_case(const Config& c, const std::string& name) {
-  const int before = failures;
+void check_case(const Config& c) {
   const Case t(c);
   const Handed h(t);
   const Device device(t, h);
@@ -173,6 +177,13 @@ void check_case(const Config& c, const std::string& name) {
   }
   each_way([&](const char* way) { CHECK(run(device, {}, 0, c.batch) == all, "other bits: %s", way); });
 
+  if (c.batch > 1) {
+    const Results r = run(device, {}, c.batch - 1, 1);
+    const auto last = [&](const vector<char>& v) { return vector<char>(v.end() - int64_t(v.size()) / c.batch, v.end()); };
+    CHECK(r.x == last(all.x) && r.size == last(all.size) && r.refined == last(all.refined) && r.key == last(all.key),
+          "other bits for an image alone");
+  }
+  if (t.n > 128) return;
   const auto some = [&](bool x, bool size, bool weights, bool refined, bool key) {
     const Results r = run(device, {x, size, weights, refined, key, true}, 0, c.batch);
     CHECK((!x || r.x == all.x) && (!size || r.size == all.size) && (!refined || r.refined == all.refined) &&
@@ -184,13 +195,6 @@ void check_case(const Config& c, const std::string& name) {
   some(true, true, true, false, false);
   some(false, false, false, true, false);
   some(false, false, false, false, true);
-  if (c.batch > 1) {
-    const Results r = run(device, {}, c.batch - 1, 1);
-    const auto last = [&](const vector<char>& v) { return vector<char>(v.end() - int64_t(v.size()) / c.batch, v.end()); };
-    CHECK(r.x == last(all.x) && r.size == last(all.size) && r.refined == last(all.refined) && r.key == last(all.key),
-          "other bits for an image alone");
-  }
-  if (failures != before) std::printf("  in %s\n", name.c_str());
 }
 
 // No gradient of the sizes, with and without a key path.
@@ -232,8 +236,7 @@ void check_degenerate() {
 
 // --- forward of long grids ----------------------------------------------------------------------------------------------------------
 
-void check_long_forward(const Config& c, const std::string& name) {
-  const int before = failures;
+void check_long_forward(const Config& c) {
   const Case t(c);
   const Handed h(t);
   const Device device(t, h);
@@ -309,7 +312,6 @@ void check_long_forward(const Config& c, const std::string& name) {
   }
   close("tokens", r.tokens, c.x, tokens_truth, tokens_plain, c.x == DType::f64 ? 4 : 0x1p29);
   close("sizes", r.size, wide, size_truth, size_truth, 0);
-  if (failures != before) std::printf("  in %s, forward\n", name.c_str());
 }
 
 // --- unmerge, means over heads --------------------------------------------------------------------------------------------------------
@@ -429,8 +431,8 @@ int main(int argc, char** argv) {
     return c;
   };
   const std::pair<const char*, Config> cases[] = {
-      {"bf16", make([&](Config& c) { c.batch = 2, c.dim = 192, c.x = c.key = bf16; })},
-      {"bf16, refined", make([&](Config& c) { c.x = c.key = bf16, c.dim = 136, c.hidden = 32, c.size = true; })},
+      {"bf16", make([&](Config& c) { c.batch = 2, c.dim = 96, c.x = c.key = bf16; })},
+      {"bf16, refined", make([&](Config& c) { c.x = c.key = bf16, c.dim = 72, c.hidden = 32, c.size = true; })},
       {"float32", make([&](Config& c) { c.dim = 72, c.channels = 32; })},
       {"float32, refined, heads", make([&](Config& c) {
          c.heads = 3, c.hidden = 16, c.size = true, c.mask = Mask::boolean, c.grid_h = 9, c.channels = 24;
@@ -448,12 +450,14 @@ int main(int argc, char** argv) {
       {"shifted",
        make([&](Config& c) { c.grid_h = c.grid_w = 7, c.dim = 64, c.x = c.key = bf16, c.layout = shifted, c.hidden = 16; })},
       {"wide keys", make([&](Config& c) { c.channels = 130, c.hidden = 70, c.grid_h = 4, c.delta = true; })},
-      {"several chunks",
-       make([&](Config& c) { c.grid_h = 25, c.grid_w = 30, c.dim = 16, c.channels = 8, c.x = c.key = bf16; })},
-      {"several chunks, refined",
-       make([&](Config& c) { c.grid_h = c.grid_w = 40, c.dim = 4, c.channels = 4, c.hidden = 2, c.prefix = 0; })},
+      {"tiles of sources", make([&](Config& c) {
+         c.grid_h = 1, c.grid_w = 530, c.lists = true, c.num_a = 515, c.dim = 16, c.channels = 8, c.x = c.key = bf16;
+       })},
+      {"tiles of destinations", make([&](Config& c) {
+         c.grid_h = 1, c.grid_w = 560, c.lists = true, c.num_a = 20, c.dim = 4, c.channels = 4, c.hidden = 2, c.prefix = 0;
+       })},
       {"D = 1, C = 1",
-       make([&](Config& c) { c.grid_h = 2, c.grid_w = 2, c.dim = 1, c.channels = 1, c.hidden = 1, c.prefix = 0; })},
+       make([&](Config& c) { c.grid_h = 2, c.grid_w = 2, c.dim = 1, c.channels = 1, c.cosine = false, c.prefix = 0; })},
       {"one row",
        make([&](Config& c) { c.grid_h = 1, c.grid_w = 5, c.dim = 3, c.channels = 2, c.cosine = false, c.prefix = 3; })},
       {"no sources", make([&](Config& c) { c.grid_h = c.grid_w = 4, c.lists = true, c.num_a = 0, c.hidden = 4; })},
@@ -475,10 +479,12 @@ int main(int argc, char** argv) {
   for (const auto& [name, config] : cases)
     if (argc < 2 || std::string(name) == argv[1]) {
       if (std::getenv("FPET_TEST_VERBOSE")) std::printf("%s, %d failures so far\n", name, failures), std::fflush(stdout);
-      check_case(config, name);
-      check_long_forward(config, name);
+      const int before = failures;
+      check_case(config);
+      check_long_forward(config);
+      if (failures != before) std::printf("  in %s\n", name);
     }
-  if (argc < 2) {
+  if (argc < 2 || std::string("others") == argv[1]) {
     check_without_grad_size();
     check_degenerate();
     for (const DType type : {f32, f64, bf16, f16})
