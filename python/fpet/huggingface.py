@@ -236,10 +236,6 @@ class _MergingLayer(nn.Module):
     def _mlp_branch(self, x: Tensor) -> Tensor:
         return self.mlp(self.layer_norm2(x))
 
-    def attention_module(self) -> nn.Module:
-        """The module whose keys decide."""
-        return self.self_attn
-
 
 class FPETBlipEncoderLayer(_MergingLayer, modeling_blip.BlipEncoderLayer):
     """BLIP's vision layer."""
@@ -259,7 +255,7 @@ class FPETViTLayer(_MergingLayer, modeling_vit.ViTLayer):
     def _attention_branch(
         self, x: Tensor, sizes: SizeBias | None, with_key: bool, how: str | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        attention = self.attention_module()
+        attention: Any = _attention_of(self)
         out, weights, *key = attention(self.layernorm_before(x), sizes=sizes, with_key=with_key, attention=how)
         out = self.dropout(out) if attention is self.attention else self.attention.output(out, out)
         return out, weights, key[0] if key else None
@@ -269,9 +265,6 @@ class FPETViTLayer(_MergingLayer, modeling_vit.ViTLayer):
         if hasattr(self, "intermediate"):
             return self.output.dropout(self.output.dense(self.intermediate(x)))
         return self.dropout(self.mlp(x))
-
-    def attention_module(self) -> nn.Module:
-        return getattr(self.attention, "attention", self.attention)
 
 
 # --- encoders ---------------------------------------------------------------------------------------------------------
@@ -737,7 +730,8 @@ def vision_layers(encoder: Any) -> list[Any]:
     return list(encoder.encoder.layer if hasattr(encoder.encoder, "layer") else encoder.encoder.layers)
 
 
-def _attention_of(layer: Any) -> nn.Module:
+def _attention_of(layer: Any) -> Any:
+    """The module that has q, k and v."""
     if hasattr(layer, "self_attn"):
         return layer.self_attn
     return getattr(layer.attention, "attention", layer.attention)
@@ -808,7 +802,8 @@ def _refinements(refinement: Any, layers: tuple[int, ...], encoder: Any) -> dict
         if refinement is True and getattr(block, "refinement", None) is not None:
             continue
         like = next(block.parameters())
-        channels = encoder.config.hidden_size // encoder.config.num_attention_heads
+        inner = _attention_of(block)
+        channels = inner.head_dim if hasattr(inner, "head_dim") else inner.attention_head_size
         module = KeyRefinement(channels, **({} if refinement is True else refinement)).to(device=like.device)
         modules[i] = module.to(dtype=like.dtype) if like.dtype.is_floating_point else module
         modules[i].train(block.training)
