@@ -233,6 +233,16 @@ FPET_DEVICE char* shared_memory() {
 }
 
 FPET_DEVICE int lane_index() { return int(threadIdx.x) & 31; }
+// The same, worked out where it stands: what depends on it isn't carried through loops in registers.
+FPET_DEVICE int lane_index_anew() {
+#ifdef FPET_EMULATE_CUDA
+  return lane_index();
+#else
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+#endif
+}
 FPET_DEVICE int warp_index() { return int(threadIdx.x) >> 5; }
 
 // A barrier of some warps of a block: `threads` of them, a multiple of 32. Number 0 is __syncthreads.

@@ -137,7 +137,7 @@ FPET_DEVICE void match_image(const ShortForward& k, int64_t image, bool writes) 
     const int* tokens = (const int*)(memory + (matching ? at.token_a : at.token_b));
 #pragma unroll 1
     for (int row = 16 * warp_index(); row < rows; row += 16 * kWarps) {
-      const int g = lane_index() >> 2, t = lane_index() & 3;
+      const int g = lane_index_anew() >> 2, t = lane_index_anew() & 3;
       int token[2];
       Tiles<Q> high, low;
       float unscale[2];
@@ -302,7 +302,7 @@ FPET_DEVICE void prefetch_block(const char* p, int rows, int64_t row_stride, int
 
 // S is the type of keys whose products are exact as they are; split, float32 keys and those that something is added to.
 template <class S, bool split, int Q>
-__global__ void __launch_bounds__(kThreads, Q <= 2 ? 2 : 1) merge_short(const __grid_constant__ ShortForward k) {
+__global__ void __launch_bounds__(kThreads, split&& Q > 2 ? 1 : 2) merge_short(const __grid_constant__ ShortForward k) {
   char* memory = shared_memory();
   const Problem& p = k.p;
   const Layout& at = k.layout;

@@ -83,7 +83,7 @@ struct RowPair {
 
 template <class S, int Q>
 FPET_DEVICE void add_rows(Strip<Q>& s, const View& view, const RowPair& rows) {
-  const int column = 8 * (lane_index() & 3);
+  const int column = 8 * (lane_index_anew() & 3);
   const S *row0 = (const S*)view.data + rows.offset[0] + column, *row1 = (const S*)view.data + rows.offset[1] + column;
 #pragma unroll(sizeof(S) <= 2 ? 2 : 1)
   for (int k = 0; k < rows.count; ++k) {
@@ -294,7 +294,7 @@ FPET_DEVICE void left_fragment(uint32_t (&a)[4], const Tiles<Q>& s, int q, int h
 
 // Where this lane reads from for ldmatrix of 16 rows and 16 columns.
 FPET_DEVICE const uint16_t* right_address(const uint16_t* plane, int stride) {
-  const int lane = lane_index();
+  const int lane = lane_index_anew();
   return plane + ((lane >> 4) * 8 + (lane & 7)) * stride + (lane >> 3 & 1) * 8;
 }
 
@@ -425,7 +425,7 @@ template <int Q>
 FPET_DEVICE void refine(Strip<Q>& key, const Weights& w, const Problem& p, int64_t image, const int (&token)[2], bool short_key,
                         bool mask_eight) {
   constexpr int H = kHiddenGroups<Q>;
-  const int t = lane_index() & 3;
+  const int t = lane_index_anew() & 3;
   Strip<H> hidden;
   float scale[2];
   {
