@@ -529,7 +529,7 @@ class _Run:
             return None
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step)
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
 
     # --- after ------------------------------------------------------------------------------------------------------------
 
