@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fpet
 from fpet import comparators
 from fpet.comparators import COMPARATORS, Matching, Pooling, ToMe, _Tokens
+from fpet.config import REDUCTIONS
 from fpet.ltmp import PENALTY, Thresholds
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, num_classes=5)
@@ -49,6 +50,10 @@ def reduced(reducer: comparators.Reducer, n: int, prefix: int = 1, sized: bool =
     x, key = torch.randn(2, n, 6, generator=g), torch.randn(2, 2, n, 4, generator=g)
     size = torch.randint(1, 4, (2, n, 1), generator=g).float() if sized else torch.ones(2, n, 1)
     return x, key, size, reducer(_Tokens(x, size, prefix, None), key, None)
+
+
+def test_every_way_that_a_run_can_reduce_tokens_is_here() -> None:
+    assert {*COMPARATORS, "fpet"} == set(REDUCTIONS)
 
 
 @pytest.mark.parametrize("name", COMPARATORS)
