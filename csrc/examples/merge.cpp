@@ -1,5 +1,6 @@
 // Merges the tokens of a batch of images, forward and backward, without torch and without Python: on the CPU, and on a GPU where
 // these kernels were compiled for one and one is there. Prints what it did; the exit status is 1 where the results are wrong.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -167,10 +168,11 @@ bool report(const char* where, const Results& r) {
   bool in_range = true;
   for (const float s : r.size) {
     size += s;
-    largest = std::fmax(largest, s);
+    largest = std::max(largest, double(s));
   }
-  for (const int64_t m : r.match) in_range &= m >= kPrefix && m < kMerged;
-  for (const float g : r.grad_key) gradient = std::fmax(gradient, std::fabs(g));
+  for (const int64_t m : r.match)
+    if (m < kPrefix || m >= kMerged) in_range = false;
+  for (const float g : r.grad_key) gradient = std::max(gradient, std::fabs(double(g)));
   std::printf(
       "%s: %lld images, %lld tokens -> %lld; the largest stands for %.0f; sizes add up to %.0f of %lld; "
       "largest key gradient %.3g\n",
