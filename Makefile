@@ -59,12 +59,12 @@ build/.ready: $(NATIVE)
 test: ctest ctest-sanitize pytest pytest-emulated
 
 # $(call run_ctest,folder,options)
-run_ctest = cmake -G Ninja -S . -B $(1) -DFPET_BUILD_OPS=OFF -DFPET_BUILD_TESTS=ON $(2) && cmake --build $(1) && ctest --test-dir $(1) --output-on-failure
+run_ctest = cmake -G Ninja -S . -B $(1) -DFPET_BUILD_OPS=OFF -DFPET_BUILD_TESTS=ON $(2) && cmake --build $(1) && ctest --test-dir $(1) --output-on-failure --parallel 2
 
 # Also the torch operators over emulated CUDA kernels, for pytest-emulated; and the CUDA tests, which say that they were skipped.
 ctest: $(READY)
 	@type nvcc &> /dev/null || echo '!!! NOT CHECKED: that nvcc compiles the CUDA kernels, and their machine code. No nvcc here. !!!' >&2
-	$(call run_ctest,build/ctest,-DCMAKE_BUILD_TYPE=Release $(with_ops))
+	$(call run_ctest,build/ctest,-DCMAKE_BUILD_TYPE=Release $(with_ops) $(if $(GPU_HERE),,-DFPET_CUDA_ARCHITECTURES=80-real))
 
 with_ops = -DFPET_BUILD_OPS=ON -DFPET_TORCH_DIR=$$($(PY) -c 'import build_backend; print(build_backend.find_torch())')
 
