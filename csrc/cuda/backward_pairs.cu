@@ -34,7 +34,7 @@ struct PairLoader {
   static constexpr int kDepth = kRowBytes / int(sizeof(S));
   const PairParams<float>& p;
   int b, i0, j0, i_end, j_begin, j_end;
-  int phase = 0, pair = 0, channel = 0, d = 0;
+  int phase = 0, pair = 0, first = 0;  // `first` column of x, or channel of a key
   int token[kTileA / 32];
 
   FPET_DEVICE PairLoader(const PairParams<float>& params, int image, int i_begin, int i_stop, int j_start, int j_stop)
@@ -54,31 +54,31 @@ struct PairLoader {
     const Problem& q = p.q;
     const PreparedKeys<float>& keys = p.keys;
     if (phase == 0) {
-      const int at = d + copy_chunk() * (16 / int(sizeof(S)));
+      const int at = first + copy_chunk() * (16 / int(sizeof(S)));
       const S* x = (const S*)q.x.data + b * q.x.stride[0];
 #pragma unroll
       for (int r = 0; r < kTileA / 32; ++r)
-        copy_row_chunk(stage + turned(copy_row(r), copy_chunk()), x + token[r] * q.x.stride[1], at, int(q.dim), q.x.stride[2],
-                       p.x_aligned, i0 + copy_row(r) < i_end);
+        copy_row_chunk(copy_target(stage, r), x + token[r] * q.x.stride[1], at, int(q.dim), q.x.stride[2], p.x_aligned,
+                       i0 + copy_row(r) < i_end);
       const View& grad = p.in.grad_tokens;
       const S* row = (const S*)grad.data + b * grad.stride[0] + (q.prefix + j0) * grad.stride[1];
 #pragma unroll
       for (int r = 0; r < kTileB / 32; ++r)
-        copy_row_chunk(stage + (kTileA * kRowBytes) + turned(copy_row(r), copy_chunk()), row + copy_row(r) * grad.stride[1], at,
-                       int(q.dim), grad.stride[2], p.grad_aligned, j0 + copy_row(r) < j_end);
-      d += kDepth;
-      if (d < q.dim) return;
-      d = 0, phase = 1, pair = first_pair(keys.parts);
+        copy_row_chunk(copy_target(stage + kTileA * kRowBytes, r), row + copy_row(r) * grad.stride[1], at, int(q.dim),
+                       grad.stride[2], p.grad_aligned, j0 + copy_row(r) < j_end);
+      first += kDepth;
+      if (first < q.dim) return;
+      first = 0, phase = 1, pair = first_pair(keys.parts);
       return;
     }
     const bool scores = phase == 1;
-    copy_keys(stage, keys.part, keys.parts, keys.padded, int64_t(b) * (q.num_a + q.num_b), q.num_a, q.num_b, i0, j0, channel,
+    copy_keys(stage, keys.part, keys.parts, keys.padded, int64_t(b) * (q.num_a + q.num_b), q.num_a, q.num_b, i0, j0, first,
               scores ? pair_left(pair) : pair, scores ? pair_right(pair) : pair);
     if (scores ? ++pair < kPairs : --pair >= 0) return;
     pair = scores ? first_pair(keys.parts) : keys.parts - 1;
-    channel += kChannelBlock;
-    if (channel < keys.padded) return;
-    channel = 0;
+    first += kChannelBlock;
+    if (first < keys.padded) return;
+    first = 0;
     if (scores) {
       phase = 2, pair = keys.parts - 1;
       return;
@@ -94,6 +94,7 @@ struct PairLoader {
 
 // Writes the parts of ds' for others to multiply.
 FPET_DEVICE void write_weights(char* weights, const Tile& ds) {
+  const int l = opaque(lane_index());
 #pragma unroll
   for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -102,7 +103,7 @@ FPET_DEVICE void write_weights(char* weights, const Tile& ds) {
       for (int half = 0; half < 2; ++half) {
         const Three three = split_three(ds[m][n][2 * half], ds[m][n][2 * half + 1]);
         char* panel = weights + warp_column() / 64 * (kTileA * kRowBytes) + (warp_row() + m * 16 + half * 8) * kRowBytes;
-        char* at = panel + (turned(lane_index() / 4, 0) ^ (warp_column() % 64 / 8 + n) << 4) + lane_index() % 4 * 4;
+        char* at = panel + (turned(l / 4, 0) ^ (warp_column() % 64 / 8 + n) << 4) + l % 4 * 4;
 #pragma unroll
         for (int i = 0; i < 3; ++i) *(uint32_t*)(at + i * kPartBytes) = three.part[i];
       }
@@ -156,9 +157,9 @@ __global__ void __launch_bounds__(kTileThreads, 2) pair_tiles(const __grid_const
   const Problem& q = p.q;
   const int per_image = p.chunks * p.segments;
   const int b = int(blockIdx.x) / per_image, rest = int(blockIdx.x) % per_image;
-  const int chunk = rest / p.segments, segment = rest % p.segments, num_a = int(q.num_a), num_b = int(q.num_b);
-  const int i_begin = chunk * p.chunk, i_end = min(num_a, i_begin + p.chunk);
-  const int j_begin = segment * p.segment, j_end = min(num_b, j_begin + p.segment);
+  const int num_a = int(q.num_a), num_b = int(q.num_b);
+  const int i_begin = rest / p.segments * p.chunk, i_end = min(num_a, i_begin + p.chunk);
+  const int j_begin = rest % p.segments * p.segment, j_end = min(num_b, j_begin + p.segment);
   const int64_t image_row = int64_t(b) * (num_a + num_b);
   const int padded = p.keys.padded, parts = p.keys.parts;
   Ring ring{shared_memory(), p.stages};
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) pair_tiles(const __grid_const
       for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = tile_row(m, half);
+          const int row = opaque(tile_row(m, half));
           const float mid = v.mid[row], size = v.size[row], inverse_a = v.inverse_a[row];
           float sum = 0.f;
 #pragma unroll
@@ -229,20 +230,21 @@ __global__ void __launch_bounds__(kTileThreads, 2) pair_tiles(const __grid_const
 #pragma unroll
         for (int m = 0; m < 2; ++m)
 #pragma unroll
-          for (int half = 0; half < 2; ++half) v.sums[warp_index() % 4][tile_row(m, half)] = row_sum[m][half];
+          for (int half = 0; half < 2; ++half) v.sums[warp_index() % 4][opaque(tile_row(m, half))] = row_sum[m][half];
       if (p.whole_rows) {  // what the mean of the two best takes from each of them
         __syncthreads();
+        const int left = opaque(tile_column(0));
 #pragma unroll
         for (int m = 0; m < 2; ++m)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int row = tile_row(m, half), best = v.best[row], second = v.second[row];
+            const int row = opaque(tile_row(m, half)), best = v.best[row], second = v.second[row];
             const float share = row_total(v, row) / 2.f * v.inverse_a[row];
 #pragma unroll
             for (int n = 0; n < 4; ++n)
 #pragma unroll
               for (int e = 0; e < 2; ++e) {
-                const int column = tile_column(n) + e;
+                const int column = left + n * 8 + e;
                 if (column == best || column == second) scores[m][n][2 * half + e] -= share * v.inverse_b[column];
               }
           }
@@ -257,14 +259,16 @@ __global__ void __launch_bounds__(kTileThreads, 2) pair_tiles(const __grid_const
 #pragma unroll 1
           for (int i = 2 - part; i >= 0; --i) sums.add(weights + i * kPartBytes, stage);  // the smallest products first
         }
-        const int g = lane_index() / 4, t = lane_index() % 4, w = warp_index();
+        const int block = opaque(int(blockIdx.x)), outer = block / p.segments, inner = block % p.segments;
+        const int g = opaque(lane_index() / 4), t = lane_index() % 4, w = warp_index();
 #pragma unroll
         for (int m = 0; m < 2; ++m)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int i = i0 + w / 4 * 32 + m * 16 + half * 8 + g, j = j0 + w / 2 * 32 + m * 16 + half * 8 + g;
-            float* to_a = p.part_a + (int64_t(b * p.segments + segment) * num_a + i) * padded + channel + w % 4 * 16 + 2 * t;
-            float* to_b = p.part_b + (int64_t(b * p.chunks + chunk) * num_b + j) * padded + channel + w % 2 * 32 + 2 * t;
+            float* to_a =
+                p.part_a + (int64_t(outer / p.chunks * p.segments + inner) * num_a + i) * padded + channel + w % 4 * 16 + 2 * t;
+            float* to_b = p.part_b + (int64_t(outer) * num_b + j) * padded + channel + w % 2 * 32 + 2 * t;
             if (i < i_end)
 #pragma unroll
               for (int n = 0; n < 2; ++n)
@@ -278,7 +282,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) pair_tiles(const __grid_const
       // A barrier of the ring lies between this and the sums of the warps.
       const int row = int(threadIdx.x);
       if (!p.whole_rows && row < kTileA && i0 + row < i_end) {
-        float* to = p.sums + int64_t(b * p.segments + segment) * num_a + i0 + row;
+        float* to = p.sums + int64_t(b * p.segments + rest % p.segments) * num_a + i0 + row;
         *to = j0 == j_begin ? row_total(v, row) : *to + row_total(v, row);
       }
     }

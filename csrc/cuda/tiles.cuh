@@ -11,6 +11,13 @@
 namespace fpet {
 namespace cuda {
 
+// The same number, of which the compiler does not know where it comes from: what is worked out from it, anew in every tile, does not
+// wait in registers through the products.
+FPET_DEVICE int opaque(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 constexpr int kTileA = 64, kTileB = 128, kTileThreads = 256, kRowBytes = 128;
 constexpr int kStageBytes = (kTileA + kTileB) * kRowBytes;
 
@@ -81,7 +88,7 @@ template <class S, bool EXACT>
 FPET_DEVICE void add_products(Tile& d, const char* stage) {
   const char *left = stage, *right = stage + kTileA * kRowBytes;
   if constexpr (sizeof(S) == 2) {
-#pragma unroll
+#pragma unroll 2
     for (int k = 0; k < 8; k += 2) {
       uint32_t a[2][4], b[2][2][2];
 #pragma unroll
@@ -100,7 +107,7 @@ FPET_DEVICE void add_products(Tile& d, const char* stage) {
     }
   } else {
     // Which k a fragment's element stands for does not matter as long as it is the same on both sides: a lane takes 16 bytes.
-#pragma unroll
+#pragma unroll 1
     for (int k = 0; k < 8; k += 4) {
       uint32_t a[3][2][4];
 #pragma unroll
@@ -139,6 +146,7 @@ FPET_DEVICE void add_products(Tile& d, const char* stage) {
 // 16 bytes a thread: chunk threadIdx.x % 8 of rows threadIdx.x / 8 + 32 r.
 FPET_DEVICE int copy_chunk() { return int(threadIdx.x) % 8; }
 FPET_DEVICE int copy_row(int r) { return int(threadIdx.x) / 8 + 32 * r; }
+FPET_DEVICE char* copy_target(char* tile, int r) { return tile + turned(copy_row(0), copy_chunk()) + 32 * r * kRowBytes; }
 
 // 16 bytes of a row of `length` elements of S, from element `at` on; zeros behind its end and where it is not valid.
 template <class S>
@@ -173,13 +181,13 @@ FPET_DEVICE void copy_keys(char* stage, const bf16* keys, int parts, int padded,
   for (int r = 0; r < kTileA / 32; ++r) {
     const int row = copy_row(r);
     const bool valid = i0 + row < num_a;
-    copy_async<16>(stage + turned(row, copy_chunk()), valid ? at + int64_t(i0 + row) * stride + part_a * padded : keys, valid);
+    copy_async<16>(copy_target(stage, r), valid ? at + int64_t(i0 + row) * stride + part_a * padded : keys, valid);
   }
 #pragma unroll
   for (int r = 0; r < kTileB / 32; ++r) {
     const int row = copy_row(r);
     const bool valid = j0 + row < num_b;
-    copy_async<16>(stage + (kTileA * kRowBytes) + turned(row, copy_chunk()),
+    copy_async<16>(copy_target(stage + kTileA * kRowBytes, r),
                    valid ? at + int64_t(num_a + j0 + row) * stride + part_b * padded : keys, valid);
   }
 }
@@ -188,11 +196,14 @@ FPET_DEVICE void copy_keys(char* stage, const bf16* keys, int parts, int padded,
 // fill(stage), and returns the oldest. fill must copy by copy_async or plain stores, and may do nothing.
 struct Ring {
   char* base;
-  int stages, oldest = 0, newest = 0;
+  int stages, oldest = 0;
 
   template <class Fill>
   FPET_DEVICE void start(Fill&& fill) {
-    for (int s = 0; s + 1 < stages; ++s) push(fill);
+    for (int s = 0; s + 1 < stages; ++s) {
+      fill(base + s * kStageBytes);
+      copy_async_commit();
+    }
   }
   template <class Fill>
   FPET_DEVICE const char* next(Fill&& fill) {
@@ -204,18 +215,11 @@ struct Ring {
       copy_async_wait<2>();
     }
     __syncthreads();
-    push(fill);
+    fill(base + (oldest ? oldest - 1 : stages - 1) * kStageBytes);
+    copy_async_commit();  // also where nothing was left to fill: waiting counts groups
     const char* stage = base + oldest * kStageBytes;
     oldest = oldest + 1 == stages ? 0 : oldest + 1;
     return stage;
-  }
-
- private:
-  template <class Fill>
-  FPET_DEVICE void push(Fill&& fill) {
-    fill(base + newest * kStageBytes);
-    copy_async_commit();  // also where nothing was left to fill: waiting counts groups
-    newest = newest + 1 == stages ? 0 : newest + 1;
   }
 };
 
