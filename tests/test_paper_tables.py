@@ -88,6 +88,7 @@ def test_columns_of_what_was_measured_hold_nothing_published() -> None:
     assert found["GMAC × plain, here"] == ["–", "0.750"] and found["GMAC × plain, paper"] == ["–", "0.500"]
     assert found["accuracy %, here"] == ["–", "–"] and found["accuracy %, paper"] == ["987654", "493827"]
     assert found["ms/image, here"] == ["–", "3.00"] and found["ms/image, paper"] == ["876543", "438272"]
+    assert "†" not in found["GMAC, paper"][0]
     # Whatever was measured, and however little of it.
     for some in ({}, {"gmac": 1.0}, dict.fromkeys(quantities, 2.0)):
         text = render.variant_table([PLAIN, MERGED], quantities, {v: fresh_row(v, **some) for v in (PLAIN, MERGED)})
@@ -95,6 +96,14 @@ def test_columns_of_what_was_measured_hold_nothing_published() -> None:
             if heading.endswith(", here"):
                 assert not {f"{value * f:g}" for value in SENTINELS.values() for f in (1, 0.5)} & set(cells)
     assert "Not measured: accuracy %, training GB, tuned M." in render.variant_table([PLAIN, MERGED], quantities, rows)
+
+
+def test_doubts_about_a_published_number_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    doubtful = {"gmac": Published(3.0, "hearsay", "it may be 4")}
+    monkeypatch.setitem(published.PUBLISHED, (MERGED.model, MERGED.method, MERGED.reduction, MERGED.layer), doubtful)
+    text = render.variant_table([MERGED], ["gmac"], {MERGED: fresh_row(MERGED, gmac=1.0)})
+    assert columns(text)["GMAC, paper"] == ["3†"] and text.endswith("† adaptformer, fpet @3, GMAC: it may be 4.")
+    assert "†" not in render.variant_table([MERGED], ["time_ms"], {MERGED: fresh_row(MERGED, time_ms=1.0)})
 
 
 def test_rows_keep_published_numbers_apart(measured: Any) -> None:

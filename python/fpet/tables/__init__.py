@@ -136,8 +136,6 @@ class _Collector:
         self.rows: dict[Variant, Row] = {}
         self.left_out: list[str] = []
         self.failures: list[str] = []
-        if any(name in self.options.tables for name in ("3", "A3")):
-            self.left_out.append("time and FLOPs of LTMP: they depend on what it has learnt, and these weights are random")
 
     def row(self, variant: Variant) -> Row:
         if variant not in self.rows:
@@ -154,6 +152,15 @@ class _Collector:
             }  # fmt: skip
         return self.rows[variant]
 
+    def spends_the_same(self, variant: Variant) -> bool:
+        """Whether inference costs with random weights what it costs with tuned ones; notes it where not."""
+        if variant.reduction != "ltmp":
+            return True
+        note = "time and FLOPs of LTMP: they depend on what it has learnt, and these weights are random"
+        if note not in self.left_out:
+            self.left_out.append(note)
+        return False
+
     def counted(self, wanted: dict[Variant, set[str]]) -> None:
         """FLOPs, memory and parameters: no time in them."""
         o = self.options
@@ -161,7 +168,7 @@ class _Collector:
             self.bar.set_description(f"{variant}: counting")
             row = self.row(variant)
             measured, told = row["measured"], row["conditions"]
-            if "gmac" in quantities and _spends_the_same(variant):
+            if "gmac" in quantities and self.spends_the_same(variant):
                 measured["gmac"] = measure.gmac(variant, o.attention)
             if "memory_gb" in quantities and _trains(variant):
                 batch = PAPER_BATCH["memory"]
@@ -182,7 +189,7 @@ class _Collector:
     def timed(self, model: str, variants: Sequence[Variant], quantity: str, budget: float) -> None:
         """Times of a forward ("time_ms") or a step of tuning ("step_ms") of variants of one backbone, in turns."""
         o, training = self.options, quantity == "step_ms"
-        variants = [v for v in variants if (_trains(v) if training else _spends_the_same(v))]
+        variants = [v for v in variants if (_trains(v) if training else self.spends_the_same(v))]
         batch = o.batch or _batch(model, o.device, training)
         images, labels = measure.inputs(MODELS[model].image_size, batch, o.device)
         base = measure.backbone(model, o.device, o.attention)
@@ -237,11 +244,6 @@ class _Collector:
 def _trains(variant: Variant) -> bool:
     """Whether a step of tuning has something to tune before the head, which alone makes no table of training."""
     return variant.method not in ("none", "linear")
-
-
-def _spends_the_same(variant: Variant) -> bool:
-    """Whether inference costs the same with random weights: LTMP spends what it has learnt to."""
-    return variant.reduction != "ltmp"
 
 
 def _batch(model: str, device: torch.device, training: bool) -> int:
@@ -441,7 +443,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _complete(options: argparse.Namespace) -> None:
     """Fills in what depends on other options. ValueError: options that don't go together; before any work."""
-    options.set = accuracy.parse_settings(options.set)
+    options.set = {"device": options.device.type} | accuracy.parse_settings(options.set)
     if options.quick:
         options.models, options.methods = options.models or ["vits16"], options.methods or ["adaptformer", "lora"]
         options.tables = [name for name in options.tables if name in ("1", "3", "4")]

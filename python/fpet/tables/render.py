@@ -90,8 +90,13 @@ def variant_table(variants: Sequence[Variant], quantities: Sequence[str], rows: 
     lines += [_line([c.cells[i] for c in columns]) for i in range(len(variants))]
     if absent:
         lines += ["", f"Not measured: {', '.join(absent)}."]
-    doubts = {p.doubt: None for v in variants for p in lookup(v.model, v.method, v.reduction, v.layer).values() if p.doubt}
-    lines += ["", *(f"† {doubt}" for doubt in doubts)] if doubts else []
+    doubts = [
+        f"† {v.method}, {_tokens(v)}, {QUANTITIES[name].heading}: {p.doubt}."
+        for v in variants
+        for name, p in lookup(v.model, v.method, v.reduction, v.layer).items()
+        if p.doubt and name in quantities
+    ]
+    lines += ["", *doubts] if doubts else []
     return "\n".join(lines)
 
 
