@@ -1,5 +1,8 @@
 // Backward. Without a gradient on the key path it is a gather, in one launch. With one: the gather and the preparing of keys side
 // by side, tiles of scores (backward_pairs.cu), from dk̂ to k' and the weights' shares, and the sum of these.
+#include <iterator>
+#include <vector>
+
 #include "backward.cuh"
 
 namespace fpet {
@@ -88,6 +91,18 @@ FPET_DEVICE void spread_row(const SpreadParams& p, int64_t b, int64_t r) {
   if (wants_gamma) ((M*)p.gamma)[b * q.num_b + r - q.prefix] = own - along_y / n;
 }
 
+FPET_DEVICE int64_t spread_index(const SpreadParams& p, int block, int64_t* b) {
+  *b = block / p.blocks;
+  return (block - *b * p.blocks) * kSpreadRows + warp_index();
+}
+
+template <class S>
+__global__ void __launch_bounds__(kKeyThreads, 3) spread(const __grid_constant__ SpreadParams p) {
+  int64_t b;
+  const int64_t r = spread_index(p, int(blockIdx.x), &b);
+  if (r < p.q.tokens) spread_row<S>(p, b, r);
+}
+
 template <class T>
 struct FirstParams {
   SpreadParams spread;
@@ -96,11 +111,10 @@ struct FirstParams {
 };
 
 template <class S, class T>
-__global__ void __launch_bounds__(kKeyThreads, sizeof(T) == 8 ? 2 : 3)
-    spread_and_prepare(const __grid_constant__ FirstParams<T> p) {
+__global__ void __launch_bounds__(kKeyThreads, 2) spread_and_prepare(const __grid_constant__ FirstParams<T> p) {
   if (int(blockIdx.x) < p.prepare_blocks) return prepare_block(p.prepare, blockIdx.x);
-  const int index = int(blockIdx.x) - p.prepare_blocks, b = index / p.spread.blocks;
-  const int64_t r = int64_t(index - b * p.spread.blocks) * kSpreadRows + warp_index();
+  int64_t b;
+  const int64_t r = spread_index(p.spread, int(blockIdx.x) - p.prepare_blocks, &b);
   if (r < p.spread.q.tokens) spread_row<S>(p.spread, b, r);
 }
 
@@ -316,29 +330,34 @@ struct Plan {
 template <class S, class T>
 CudaStatus launch_first(const FirstParams<T>& p, cudaStream_t stream) {
   const dim3 grid(unsigned(p.prepare_blocks + p.spread.q.batch * p.spread.blocks));
-  const size_t shared = p.prepare_blocks ? p.prepare.bytes : 0;
-  return FPET_LAUNCH((spread_and_prepare<S, T>), grid, kKeyThreads, shared, stream, p);
+  return FPET_LAUNCH((spread_and_prepare<S, T>), grid, kKeyThreads, p.prepare.bytes, stream, p);
 }
 
-template <class T>
-CudaStatus launch_first(const FirstParams<T>& p, cudaStream_t stream) {
-  if constexpr (sizeof(T) == 8) {
-    if (p.spread.q.x.dtype == DType::f64) return launch_first<double, double>(p, stream);
-    // x in fewer bits than the scores: too rare for kernels of its own.
-    FirstParams<double> keys = p;
-    keys.spread.blocks = 0;
-    const CudaStatus status = launch_first<double, double>(keys, stream);
-    if (status.kernel) return status;
-    PreparedKeys<float> none;
-    FirstParams<float> rows{p.spread, PrepareParams<float>(p.spread.q, none), 0};
-    return launch_first(rows, stream);
-  } else {
-    switch (p.spread.q.x.dtype) {
-      case DType::bf16: return launch_first<bf16, T>(p, stream);
-      case DType::f16: return launch_first<f16, T>(p, stream);
-      default: return launch_first<float, T>(p, stream);
-    }
+CudaStatus launch_spread(const SpreadParams& p, cudaStream_t stream) {
+  const dim3 grid(unsigned(p.q.batch * p.blocks));
+  switch (p.q.x.dtype) {
+    case DType::f64: return FPET_LAUNCH(spread<double>, grid, kKeyThreads, size_t(0), stream, p);
+    case DType::bf16: return FPET_LAUNCH(spread<bf16>, grid, kKeyThreads, size_t(0), stream, p);
+    case DType::f16: return FPET_LAUNCH(spread<f16>, grid, kKeyThreads, size_t(0), stream, p);
+    default: return FPET_LAUNCH(spread<float>, grid, kKeyThreads, size_t(0), stream, p);
   }
+}
+
+CudaStatus launch_first(const FirstParams<float>& p, cudaStream_t stream) {
+  switch (p.spread.q.x.dtype) {
+    case DType::bf16: return launch_first<bf16>(p, stream);
+    case DType::f16: return launch_first<f16>(p, stream);
+    default: return launch_first<float>(p, stream);
+  }
+}
+
+CudaStatus launch_first(FirstParams<double> p, cudaStream_t stream) {
+  if (p.spread.q.x.dtype != DType::f64) {  // x in fewer bits than the scores: too rare for kernels of its own
+    const CudaStatus status = launch_spread(p.spread, stream);
+    if (status.kernel) return status;
+    p.spread.blocks = 0;
+  }
+  return launch_first<double>(p, stream);
 }
 
 template <class T>
@@ -346,7 +365,7 @@ CudaStatus run(const Problem& q, const BackwardInputs& in, const BackwardOutputs
   const bool key_path = has_key_path(out);
   Plan<T> plan(q, out, (char*)workspace);
   FirstParams<T> first{SpreadParams{}, PrepareParams<T>(q, plan.pairs.keys), 0};
-  if (key_path) first.prepare_blocks = int(q.batch * first.prepare.blocks);
+  first.prepare_blocks = int(q.batch * first.prepare.blocks);
   SpreadParams& s = first.spread;
   s.q = q;
   s.in = in;
@@ -358,8 +377,9 @@ CudaStatus run(const Problem& q, const BackwardInputs& in, const BackwardOutputs
   const auto rows = [&](const View& v) { return v.stride[2] == 1 && aligned16(v.data, v.dtype, {v.stride[0], v.stride[1]}); };
   s.aligned = q.dim * size_of(q.x.dtype) % 16 == 0 && rows(in.grad_tokens) && rows(in.tokens) && rows(q.x) &&
               aligned16(out.x, q.x.dtype, {q.dim});
+  if (!key_path) return launch_spread(s, stream);
   CudaStatus status = launch_first(first, stream);
-  if (status.kernel || !key_path) return status;
+  if (status.kernel) return status;
   plan.pairs.in = in;
   status = pair_gradient(plan.pairs, stream);
   if (status.kernel) return status;
@@ -373,8 +393,20 @@ CudaStatus run(const Problem& q, const BackwardInputs& in, const BackwardOutputs
 
 }  // namespace
 
+const char* tiled_refuses(const Problem& q) {
+  const size_t shared = q.wide_scores ? KeyTile<double>(q, 2, kListBytes).bytes : KeyTile<float>(q, 2, kListBytes).bytes;
+  if (shared > size_t(99) << 10) return "more key channels and hidden units than shared memory holds four rows of";
+  // No kernel has more blocks than the first of the backward: eight tokens each, and four keys at least.
+  if (q.batch * (q.tokens / 8 + q.tokens / 4 + 2) > 0x7fffffff) return "more than 2^31 thread blocks in a launch";
+  return nullptr;
+}
+
 KernelList backward_kernels() {
   static const KernelEntry entries[] = {
+      {"spread<float>", (const void*)spread<float>, kKeyThreads, 0},
+      {"spread<double>", (const void*)spread<double>, kKeyThreads, 0},
+      {"spread<bf16>", (const void*)spread<bf16>, kKeyThreads, 0},
+      {"spread<f16>", (const void*)spread<f16>, kKeyThreads, 0},
       {"spread_and_prepare<float, float>", (const void*)spread_and_prepare<float, float>, kKeyThreads, 26 << 10},
       {"spread_and_prepare<bf16, float>", (const void*)spread_and_prepare<bf16, float>, kKeyThreads, 26 << 10},
       {"spread_and_prepare<f16, float>", (const void*)spread_and_prepare<f16, float>, kKeyThreads, 26 << 10},
@@ -384,7 +416,13 @@ KernelList backward_kernels() {
       {"sum_weights<float>", (const void*)sum_weights<float>, 256, 256 * sizeof(float)},
       {"sum_weights<double>", (const void*)sum_weights<double>, 256, 256 * sizeof(double)},
   };
-  return {entries, int(sizeof(entries) / sizeof(*entries))};
+  static const std::vector<KernelEntry> all = [] {
+    const KernelList pairs = pair_gradient_kernels();
+    std::vector<KernelEntry> list(std::begin(entries), std::end(entries));
+    list.insert(list.end(), pairs.entries, pairs.entries + pairs.count);
+    return list;
+  }();
+  return {all.data(), int(all.size())};
 }
 
 }  // namespace cuda

@@ -10,8 +10,7 @@ namespace cuda {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kKeyThreads, sizeof(T) == 8 ? 2 : 3)
-    prepare_keys(const __grid_constant__ PrepareParams<T> p) {
+__global__ void __launch_bounds__(kKeyThreads, 2) prepare_keys(const __grid_constant__ PrepareParams<T> p) {
   prepare_block(p, blockIdx.x);
 }
 
