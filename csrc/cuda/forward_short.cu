@@ -259,10 +259,9 @@ FPET_DEVICE void merge_rows(const ShortForward& k, int64_t image, int part) {
   const S* x = (const S*)k.p.x.data + image * k.p.x.stride[0];
   S* y = (S*)k.out.tokens + image * merged * k.p.dim;
 
-  for (;;) {
-    int row = lane == 0 ? atomicAdd(next_row, 1) : 0;
-    row = __shfl_sync(kFullWarp, row, 0);
-    if (row >= merged) return;
+  int ticket = lane == 0 ? atomicAdd(next_row, 1) : 0;
+  for (int row; (row = __shfl_sync(kFullWarp, ticket, 0)) < merged;) {
+    if (lane == 0) ticket = atomicAdd(next_row, 1);  // known by the time this row is done
     // Destinations first: prefix tokens have no sources, so the last to be taken are short.
     const int j = row < merged - prefix ? row : -1, m = j < 0 ? row - (merged - prefix) : prefix + j;
     const int64_t own = j < 0 ? m : token_b[j];

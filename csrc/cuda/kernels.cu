@@ -56,6 +56,7 @@ const char* cuda_refuses(const Problem& p) {
   if (p.dim > most || p.channels > most || p.hidden > most) return "rows of more than 2^30 elements";
   if (p.batch > most) return "more than 2^30 images";
   if (p.num_b < 1) return "no destinations";
+  if (p.dim < 1 || p.channels < 1) return "tokens or keys without elements";
   for (const View* v : {&p.x, &p.key, &p.size, &p.w_down, &p.w_up, &p.key_delta})
     if (v->data && v->dtype == DType::boolean) return "a boolean tensor other than the dropout mask";
   return nullptr;

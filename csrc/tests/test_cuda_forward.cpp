@@ -258,6 +258,7 @@ void check_facts() {
   CHECK(!fpet::cuda_kernel_facts(-1).name, "a kernel before the first");
   fpet::Problem p;
   p.num_b = 2;
+  p.dim = p.channels = 1;
   CHECK(!fpet::cuda_refuses(p), "refused: %s", fpet::cuda_refuses(p));
   p.tokens = int64_t(1) << 40;
   CHECK(fpet::cuda_refuses(p), "too many tokens");
