@@ -220,9 +220,10 @@ def refuses(name: str, x: Tensor) -> str | None:
             return f"x is on {x.device}, and this backend runs on the CPU"
         return None if _NATIVE.available else _NATIVE.reason
     if name == "cuda":
-        if x.device.type != "cuda":
-            return f"x is on {x.device}, and this backend runs on cuda"
-        return _refused_by_cuda(x.device.index) if _CUDA.available else _CUDA.reason
+        device = x.device
+        if device.type != "cuda":
+            return f"x is on {device}, and this backend runs on cuda"
+        return _refused_by_cuda(device.index) if _CUDA.available else _CUDA.reason
     if name == "triton":
         if not _HAS_TRITON:
             return _NO_TRITON.reason
@@ -249,12 +250,12 @@ def select(x: Tensor, backend: str | None) -> str:
         ValueError: no backend has that name. RuntimeError: it has, and can't run this call.
     """
     if backend is None:
-        if x.device.type == "meta":  # shapes alone, by the operators' fake functions: the same for every backend
+        kind = x.device.type
+        if kind == "meta":  # shapes alone, by the operators' fake functions: the same for every backend
             return "cpu"
-        if x.device.type == "cpu":  # the interpreter is a debugging tool: never chosen by itself
+        if kind == "cpu":  # the interpreter is a debugging tool: never chosen by itself
             return "cpu" if _NATIVE.available else "reference"
-        row = _preferred(x)
-        if row is not None:
+        if PREFERRED and (row := _preferred(x)) is not None:
             return row.backend
         for name in ORDER:
             if refuses(name, x) is None:
