@@ -163,6 +163,9 @@ def _build_lines(build: dict[str, Any]) -> list[str]:
         lines.append(f"native      built with {recorded['compiler']}, against torch {recorded['torch']}")
     else:
         lines.append("native      not built: " + recorded["reason"].replace("\n", "\n" + 14 * " "))
+    cuda = (recorded or {}).get("cuda", {})
+    if "reason" in cuda:
+        lines.append("CUDA        not built: " + cuda["reason"].replace("\n", "\n" + 14 * " "))
     facts = build.get("introspection")
     if facts is None:
         lines.append(f"introspect  no: {build['no_introspection']}")

@@ -106,7 +106,7 @@ def _load_cuda_library() -> Status:
     found = _load(_CUDA_LIBRARY, "native CUDA kernels", rebuild)
     if found.available or library_path(_CUDA_LIBRARY).exists() or not (record := library_path("_build_info.json")).exists():
         return found
-    why = json.loads(record.read_text()).get("cuda", {}).get("reason")
+    why = json.loads(record.read_text()).get("cuda", {}).get("reason", "").partition("\n")[0].rstrip(":")
     return found._replace(reason=f"{found.reason}: {why}") if why else found
 
 

@@ -113,7 +113,9 @@ def test_why_the_cuda_library_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.delenv("FPET_DISABLE_NATIVE", raising=False)
     assert backends._load_cuda_library().reason == "libfpet_cuda_ops.so was not built"
-    (tmp_path / "_build_info.json").write_text('{"native": true, "cuda": {"built": false, "reason": "no nvcc was found"}}')
+    (tmp_path / "_build_info.json").write_text(
+        '{"native": true, "cuda": {"built": false, "reason": "no nvcc was found:\\nat all"}}'
+    )
     found = backends._load_cuda_library()
     assert found.reason == "libfpet_cuda_ops.so was not built: no nvcc was found" and "FPET_CUDA=1" in found.fix
     (tmp_path / "libfpet_cuda_ops.so").write_text("no library")

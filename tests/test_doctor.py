@@ -95,8 +95,12 @@ def test_a_backend_that_raises_is_reported_not_raised(
         (None, "this source tree was never installed"),
         ({"native": False, "reason": "no C++ compiler was found"}, "not built: no C++ compiler was found"),
         ({"native": True, "compiler": "g++ 99", "torch": "2.99.0"}, "built with g++ 99, against torch 2.99.0"),
+        (
+            {"native": False, "reason": "?", "cuda": {"built": False, "reason": "no nvcc:\nnone"}},
+            "CUDA        not built: no nvcc:\n              none",
+        ),
     ],
-    ids=["none", "failed", "built"],
+    ids=["none", "failed", "built", "no CUDA"],
 )
 def test_the_build_record_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, record: dict | None, says: str) -> None:
     monkeypatch.setattr(doctor, "__file__", str(tmp_path / "__main__.py"))
