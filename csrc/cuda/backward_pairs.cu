@@ -62,7 +62,7 @@ struct PairLoader {
                        i0 + copy_row(r) < i_end);
       const View& grad = p.in.grad_tokens;
       const S* row = (const S*)grad.data + b * grad.stride[0] + (q.prefix + j0) * grad.stride[1];
-#pragma unroll
+#pragma unroll 2
       for (int r = 0; r < kTileB / 32; ++r)
         copy_row_chunk(copy_target(stage + kTileA * kRowBytes, r), row + copy_row(r) * grad.stride[1], at, int(q.dim),
                        grad.stride[2], p.grad_aligned, j0 + copy_row(r) < j_end);

@@ -88,7 +88,7 @@ template <class S, bool EXACT>
 FPET_DEVICE void add_products(Tile& d, const char* stage) {
   const char *left = stage, *right = stage + kTileA * kRowBytes;
   if constexpr (sizeof(S) == 2) {
-#pragma unroll 2
+#pragma unroll 1  // the next fragments would not fit
     for (int k = 0; k < 8; k += 2) {
       uint32_t a[2][4], b[2][2][2];
 #pragma unroll
