@@ -153,13 +153,10 @@ def picture(rows: dict[Variant, Row], title: str, path: Path) -> None:
     if not timed:
         raise RuntimeError("--plot: expected rows with a time per image, got none")
     upwards = "accuracy" if any("accuracy" in r["measured"] for r in timed.values()) else "gmac"
+    timed = {v: r for v, r in timed.items() if upwards in r["measured"]}
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for reduction, marker in zip(dict.fromkeys(v.reduction for v in timed), "os^vDPX*<>", strict=False):
-        points = [
-            (r["measured"]["time_ms"], r["measured"][upwards], v)
-            for v, r in timed.items()
-            if v.reduction == reduction and upwards in r["measured"]
-        ]
+        points = [(r["measured"]["time_ms"], r["measured"][upwards], v) for v, r in timed.items() if v.reduction == reduction]
         axes.plot([p[0] for p in points], [p[1] for p in points], marker, label=reduction)
         for x, y, v in points:
             text = v.method + ("" if v.layer is None else f" @{v.layer}")
