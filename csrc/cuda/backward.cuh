@@ -48,8 +48,6 @@ struct PairParams {
 CudaStatus pair_gradient(PairParams<float>, cudaStream_t);
 CudaStatus pair_gradient(const PairParams<double>&, cudaStream_t);
 KernelList pair_gradient_kernels();
-// Why the tiled kernels and the backward don't take a problem, or null. For cuda_refuses.
-const char* tiled_refuses(const Problem&);
 
 }  // namespace cuda
 }  // namespace fpet

@@ -59,7 +59,7 @@ const char* cuda_refuses(const Problem& p) {
   if (p.dim < 1 || p.channels < 1) return "tokens or keys without elements";
   for (const View* v : {&p.x, &p.key, &p.size, &p.w_down, &p.w_up, &p.key_delta})
     if (v->data && v->dtype == DType::boolean) return "a boolean tensor other than the dropout mask";
-  return nullptr;
+  return cuda::tiled_refuses(p);
 }
 
 CudaKernelFacts cuda_kernel_facts(int index) {

@@ -69,6 +69,9 @@ KernelList forward_long_kernels();
 KernelList backward_kernels();
 KernelList other_kernels();
 
+// Why the tiled kernels, which the backward always needs, don't take a problem; null where they do.
+const char* tiled_refuses(const Problem&);
+
 // Short grids, in one launch: whether the keys of all destinations fit in shared memory.
 bool forward_short_takes(const Problem&);
 CudaStatus forward_short(const Problem&, const ForwardOutputs&, cudaStream_t);

@@ -260,6 +260,9 @@ void check_facts() {
   p.num_b = 2;
   p.dim = p.channels = 1;
   CHECK(!fpet::cuda_refuses(p), "refused: %s", fpet::cuda_refuses(p));
+  fpet::Problem wide = p;
+  wide.channels = 1 << 20;
+  CHECK(fpet::cuda_refuses(wide), "keys too wide for shared memory");
   p.tokens = int64_t(1) << 40;
   CHECK(fpet::cuda_refuses(p), "too many tokens");
 }
