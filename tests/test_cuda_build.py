@@ -28,9 +28,11 @@ MATRIX = re.compile(r"merge_short<|match_tiles|pair_tiles<")
 VECTORS = re.compile(
     r"merge_short<|match_tiles|merge_lists<|pair_tiles<|prepare_keys<|spread_and_prepare<|key_gradient<|average_heads<"
 )
-# How many instructions of short grids' kernels may touch local memory: the forward and the end of the backward keep everything in
-# registers; what the other two set aside, they set aside once a block.
-SPILLS = {"merge_short": 0, "key_gradient": 0, "spread_and_prepare": 16, "pair_tiles": 64}
+# How many instructions of short grids' kernels may touch local memory: the forward keeps everything in registers on every
+# architecture; in the backward a few values are set aside on some.
+SPILLS = {"merge_short": 0, "key_gradient": 64, "spread_and_prepare": 16, "pair_tiles": 64}
+# Where a multiprocessor has less memory than the listed launch takes, the launcher takes one stage of so many bytes less.
+STAGE = {"pair_tiles": 32 << 10}
 
 
 @dataclass
@@ -154,7 +156,8 @@ def test_resources(code):
         limit = SHARED[int(re.sub(r"\D", "", arch))]
         registers = -(-kernel.registers // 8) * 8  # given out by eights
         assert registers * max(k["threads"] for k in typical) <= 1 << 16, f"{arch} {name}: too many registers for a launch"
-        assert min(k["dynamic_shared"] for k in typical) + kernel.shared <= limit, f"{arch} {name}: shared memory"
+        smallest = min(k["dynamic_shared"] for k in typical) - STAGE.get(name.partition("<")[0], 0)
+        assert smallest + kernel.shared <= limit, f"{arch} {name}: shared memory"
 
 
 def test_spills(code):
