@@ -32,7 +32,7 @@ VECTORS = re.compile(
 # architecture; in the backward a few values are set aside on some.
 SPILLS = {"merge_short": 0, "key_gradient": 64, "spread_and_prepare": 16, "pair_tiles": 64}
 # Where a multiprocessor has less memory than the listed launch takes, the launcher takes one stage of so many bytes less.
-STAGE = {"pair_tiles": 32 << 10}
+STAGE = {"pair_tiles": 24 << 10}
 
 
 @dataclass
