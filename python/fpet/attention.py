@@ -56,11 +56,11 @@ def _with_size_column(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor, scale: 
     high = exact.to(k.dtype)
     # Detached: as a function of log(size) the two columns together already have the right derivative in the first.
     low = (exact - high.to(exact.dtype)).detach().to(k.dtype)
-    k_columns = F.pad(torch.stack((high, low), dim=-1), (0, extra - 2))[:, None]  # (B, 1, N, extra)
+    k_columns = F.pad(torch.stack((high, low), dim=-1), (0, extra - 2))[:, None]  # (B, 1, M, extra), M keys
     q_columns = F.pad(q.new_full((1, 1, 1, 2), c), (0, extra - 2))
     return (
         torch.cat((q, q_columns.expand(batch, q.shape[1], n, extra)), dim=-1),
-        torch.cat((k, k_columns.expand(batch, k.shape[1], n, extra)), dim=-1),
+        torch.cat((k, k_columns.expand(batch, k.shape[1], k.shape[2], extra)), dim=-1),
         F.pad(v, (0, extra)),  # the flash kernel wants one head width for all three
     )
 
