@@ -156,7 +156,7 @@ def bdm_unmerge(
     Args:
         tokens: (B, M, D), as :func:`bdm_merge` returned them or transformed since.
         match: (B, N_A) int64, from the same call. grid_size, num_prefix_tokens, split: as in that call.
-        backend: None, "cpu" or "reference".
+        backend: None, "cuda", "cpu" or "reference"; "triton" has no kernel of its own here and computes as the reference.
 
     Returns:
         (B, N, D), with gradient: each merged token gets the sum over the positions it was given back to.
@@ -186,7 +186,9 @@ def bdm_unmerge(
         raise ValueError(f"match: expected shape {(batch, num_a)}, got {tuple(match.shape)}")
     if backend is not None:
         backends.select(tokens, backend)
-    if backend == "reference":
+    elif tokens.device.type == "cuda" and backends.status("cuda").available and backends.refuses("cuda", tokens) is not None:
+        backend = "reference"  # the CUDA library is loaded, and does not run on this GPU
+    if backend in ("reference", "triton"):
         return bdm_unmerge_reference(tokens, match, split=where, num_prefix_tokens=num_prefix_tokens)
     return BDMUnmerge.apply(tokens, match, *_split_args(where, tokens.device), num_prefix_tokens)
 

@@ -171,7 +171,7 @@ def test_the_operator_itself_trusts_nothing(fused, device):
     forward, backward = backends.forward_op(fused), backends.backward_op(fused)
     good = list(op_args(problem))
     outputs = forward(*good)
-    if fused != "cpu":
+    if fused == "triton":
         pytest.skip("launchers in Python are reached through bdm_merge, which has checked")
     names = ("x", "key", "size", "w_down", "w_up", "dropout_mask", "key_delta")
     for i, name in enumerate(names):
@@ -184,9 +184,7 @@ def test_the_operator_itself_trusts_nothing(fused, device):
     for i, bad in (
         (0, good[0][:, :-1]),
         (1, good[1][:1]),
-        (11, good[11] + 100),
-        (11, good[11] - 100),
-        (12, good[12] - 100),
+        *(((11, good[11] + 100), (11, good[11] - 100), (12, good[12] - 100)) if device == "cpu" else ()),  # a GPU's are clamped
         (13, good[13][:, 1:]),
     ):
         with pytest.raises(RuntimeError):

@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from fpet_kernels import KeyRefinement as RefinementWeights
-from fpet_kernels import Merged, alternating, bdm_merge
+from fpet_kernels import Merged, alternating, bdm_merge, checkerboard
 
 from . import patch
 from .attention import FPETAttention
@@ -75,13 +75,11 @@ class Matching(Reducer):
             merged = bdm_merge(
                 x, key, grid_size=grid, num_prefix_tokens=prefix, size=size, refinement=weights, detach_key=self.detach_key
             )
-            where = torch.arange(grid[0] * grid[1], device=x.device).view(grid)
-            rows = torch.arange(grid[0], device=x.device)[:, None] + torch.arange(grid[1], device=x.device)
-            a, b = where[rows % 2 == 0], where[rows % 2 == 1]
+            split = checkerboard(*grid)
         else:
             split = alternating(n - prefix)
             merged = bdm_merge(x, key, split=split, num_prefix_tokens=prefix, size=size, refinement=weights)
-            a, b = split.a.to(x.device), split.b.to(x.device)
+        a, b = split.a.to(x.device), split.b.to(x.device)
         match = torch.arange(n, device=x.device).expand(batch, -1).clone()
         match[:, prefix + b] = prefix + torch.arange(len(b), device=x.device)
         match[:, prefix + a] = merged.match
