@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup test ctest ctest-sanitize ctest-arm pytest pytest-emulated lint bench test-abi clean distclean
-.PHONY: gpu-check gpu-doctor gpu-test gpu-ctest gpu-sanitize gpu-bench
+.PHONY: gpu-check gpu-doctor gpu-test gpu-ctest gpu-sanitize gpu-bench gpu-tune
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -36,6 +36,7 @@ help:
 	@echo "make test-abi     the wheel built here, tested under torch $(TORCH_ABI) (TORCH_ABI=…)"
 	@echo "make ctest-arm    C++ tests cross-compiled for 64-bit Arm, run by qemu (g++-aarch64-linux-gnu, qemu-user)"
 	@echo "make gpu-check    gpu-doctor, -test, -ctest, -sanitize, -bench on the GPU of this machine; rows and logs into OUT"
+	@echo "make gpu-tune     Triton configurations for the GPU of this machine"
 	@echo "make setup        only .venv and the native library; make clean, make distclean (.venv too)"
 
 setup: $(READY)
@@ -104,9 +105,11 @@ gpu-doctor: $(READY)
 	@mkdir -p $(OUT)
 	$(PY) -m fpet_kernels | tee $(OUT)/gpu-doctor.txt
 
+# Triton compiles hundreds of kernels: on many cores at once, where pytest-xdist is.
+PARALLEL = $(shell $(PY) -c 'import xdist' 2> /dev/null && echo -n 8)
 gpu-test: $(READY)
 	@mkdir -p $(OUT)
-	FPET_REQUIRE_BACKENDS=cuda,triton,cpu $(PY) -m pytest -q 2>&1 | tee $(OUT)/gpu-tests.txt
+	FPET_REQUIRE_BACKENDS=cuda,triton,cpu $(PY) -m pytest -q $(PARALLEL) 2>&1 | tee $(OUT)/gpu-tests.txt
 
 gpu-ctest: $(READY)
 	@mkdir -p $(OUT)
@@ -128,6 +131,11 @@ gpu-sanitize: gpu-ctest
 gpu-bench: $(READY)
 	@mkdir -p $(OUT)
 	$(PY) benchmarks/kernel_vs_ref.py --device cuda --out $(OUT)/kernel_vs_ref-cuda.jsonl $(BENCH_ARGS) 2>&1 | tee $(OUT)/gpu-bench.txt
+
+# Triton's configurations for this GPU, as rows for fpet_kernels/triton/configs.py.
+gpu-tune: $(READY)
+	@mkdir -p $(OUT)
+	$(PY) benchmarks/tune.py --device cuda --out $(OUT)/tune-cuda.txt
 
 # The wheel is built against the torch of .venv; tests are copied away, so that the source tree can't be imported.
 test-abi: $(READY)
