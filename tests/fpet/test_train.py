@@ -454,7 +454,7 @@ def test_presets() -> None:
     assert from_arguments(parser.parse_args([])) == Config()
 
 
-@pytest.mark.skipif("FPET_LONG_TESTS" not in os.environ, reason="takes a quarter of an hour; FPET_LONG_TESTS=1 runs it")
+@pytest.mark.skipif("FPET_LONG_TESTS" not in os.environ, reason="takes five minutes; FPET_LONG_TESTS=1 runs it")
 def test_merged_accuracy_is_within_a_point_of_unmerged_over_five_seeds(tmp_path: Path) -> None:
     """`fpet train --compare fpet,none --seeds 0,1,2,3,4`: the default task, merged in the middle block and not at all."""
     found = compare(Config(output=str(tmp_path / "compare"), progress=False), ["fpet", "none"], range(5))
