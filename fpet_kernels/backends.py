@@ -211,6 +211,11 @@ def status(name: str) -> Status:
     raise ValueError(f"backend: expected one of {', '.join(ORDER)} or None, got {name!r}")
 
 
+def cuda_kernels_fail(x: Tensor) -> bool:
+    """Whether x's device dispatches to CUDA kernels that are loaded and do not run on it; costs a look into a dict."""
+    return x.device.type == "cuda" and _CUDA.available and _refused_by_cuda(x.device.index) is not None
+
+
 def refuses(name: str, x: Tensor) -> str | None:
     """Why backend ``name`` can't take a call with tokens like ``x``; None if it can."""
     if name == "reference":

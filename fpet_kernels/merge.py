@@ -186,8 +186,8 @@ def bdm_unmerge(
         raise ValueError(f"match: expected shape {(batch, num_a)}, got {tuple(match.shape)}")
     if backend is not None:
         backends.select(tokens, backend)
-    elif tokens.device.type == "cuda" and backends.status("cuda").available and backends.refuses("cuda", tokens) is not None:
-        backend = "reference"  # the CUDA library is loaded, and does not run on this GPU
+    elif backends.cuda_kernels_fail(tokens):
+        backend = "reference"
     if backend in ("reference", "triton"):
         return bdm_unmerge_reference(tokens, match, split=where, num_prefix_tokens=num_prefix_tokens)
     return BDMUnmerge.apply(tokens, match, *_split_args(where, tokens.device), num_prefix_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,3 +140,14 @@ def test_unknown_names():
     ):
         with pytest.raises(ValueError, match=r"backend: expected one of .*reference or None, got 'best'"):
             call("best")
+
+
+@pytest.mark.parametrize("loaded, refused", [(True, "no kernel image"), (True, None), (False, "no kernel image")])
+def test_unmerge_leaves_a_gpu_that_the_loaded_kernels_refuse_to_the_reference(monkeypatch, loaded, refused):
+    """And asks nobody but a dict: no call of the library, which would end a traced graph."""
+    monkeypatch.setattr(backends, "_CUDA", backends.Status(loaded, "in this test"))
+    monkeypatch.setattr(backends, "_REFUSED_BY_CUDA", {0: refused})
+    monkeypatch.setattr(backends, "_ask_cuda", lambda *_: pytest.fail("the library was asked"))
+    tokens = SimpleNamespace(device=torch.device("cuda", 0))
+    assert backends.cuda_kernels_fail(tokens) is (loaded and refused is not None)
+    assert not backends.cuda_kernels_fail(torch.empty(1, 1, 1))

@@ -12,77 +12,11 @@
 #include <vector>
 
 #include "fpet/bdm.h"
+#include "numbers.h"
 
 namespace {
 
-using fpet::DType;
-using std::vector;
-
-inline size_t u(int64_t n) { return static_cast<size_t>(n); }
-
-int failures = 0;
-#define CHECK(condition, ...)                                     \
-  do {                                                            \
-    if (!(condition)) {                                           \
-      ++failures;                                                 \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                   \
-      std::printf("\n");                                          \
-    }                                                             \
-  } while (0)
-
-int64_t bytes_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : t == DType::boolean ? 1 : 2; }
-double epsilon(DType t) { return t == DType::f64 ? 0x1p-52 : t == DType::f32 ? 0x1p-23 : t == DType::bf16 ? 0x1p-7 : 0x1p-10; }
-
-double decode(const char* p, DType t) {
-  if (t == DType::f64) {
-    double v;
-    std::memcpy(&v, p, 8);
-    return v;
-  }
-  if (t == DType::f32) {
-    float v;
-    std::memcpy(&v, p, 4);
-    return v;
-  }
-  if (t == DType::boolean) return *p != 0;
-  uint16_t bits;
-  std::memcpy(&bits, p, 2);
-  if (t == DType::bf16) {
-    const uint32_t wide = uint32_t(bits) << 16;
-    float v;
-    std::memcpy(&v, &wide, 4);
-    return v;
-  }
-  const int exponent = (bits >> 10) & 31, fraction = bits & 1023;
-  const double sign = bits & 0x8000 ? -1 : 1;
-  if (exponent == 31) return fraction ? NAN : sign * INFINITY;
-  return sign * (exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24));
-}
-
-// Writes v, which is a multiple of a coarse step, so that it is the same number in every dtype.
-void encode(char* p, DType t, double v) {
-  if (t == DType::f64) {
-    std::memcpy(p, &v, 8);
-  } else if (t == DType::boolean) {
-    *p = v != 0;
-  } else if (t == DType::f32 || t == DType::bf16) {
-    const float f = float(v);
-    if (t == DType::f32) {
-      std::memcpy(p, &f, 4);
-      return;
-    }
-    uint32_t bits;
-    std::memcpy(&bits, &f, 4);
-    const uint16_t half = uint16_t(bits >> 16);
-    std::memcpy(p, &half, 2);
-  } else {
-    int e = 0;
-    const double m = std::frexp(std::fabs(v), &e);  // v = m 2^e, m in [0.5, 1)
-    const uint16_t half = v == 0 ? 0 : uint16_t((v < 0 ? 0x8000 : 0) | ((e + 14) << 10) | (int(std::lround(m * 2048)) - 1024));
-    std::memcpy(p, &half, 2);
-  }
-}
+using namespace oracle;
 
 // A tensor with its own strides: padded in every dimension, optionally with a strided last dimension.
 struct Tensor {

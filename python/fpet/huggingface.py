@@ -30,8 +30,7 @@ from fpet_kernels import Split
 from .attention import attend
 from .merging import MergeStep, SizeBias, merge_splits, unmerge
 from .models import MergeConfig, MergedFeatures
-from .patch import _check_layers
-from .refinement import KeyRefinement
+from .patch import _check_layers, _check_refinement
 
 try:
     from transformers import PreTrainedModel
@@ -627,7 +626,7 @@ def apply(
         raise ValueError(f"attention: expected 'eager', 'sdpa' or None, got {attention!r}")
     layers = _check_layers(layer, len(vision_layers(encoder)))
     _check_structure(encoder, layers, attention)
-    modules = _refinements(refinement, layers, encoder)
+    modules = _check_refinement(refinement, layers, vision_layers(encoder), _key_channels)
     if modules and isinstance(encoder, FSDPModule):
         raise TypeError("model: it is sharded and takes no new parameters; call fpet.huggingface.apply before fully_shard")
 
@@ -782,29 +781,6 @@ def _configured_grid(encoder: Any) -> tuple[int, int]:
     return height, width
 
 
-def _refinements(refinement: Any, layers: tuple[int, ...], encoder: Any) -> dict[int, nn.Module]:
-    """The modules to set, by layer."""
-    if refinement is None or refinement is False:
-        return {}
-    if isinstance(refinement, nn.Module):
-        if len(layers) != 1:
-            raise ValueError(f"refinement: expected a dict from layer to module for layers {layers}, got one module")
-        return {layers[0]: refinement}
-    if isinstance(refinement, dict) and refinement and all(isinstance(key, int) for key in refinement):
-        if set(refinement) != set(layers):
-            raise ValueError(f"refinement: expected a module for each of the layers {layers}, got {sorted(refinement)}")
-        return dict(refinement)
-    if refinement is not True and not isinstance(refinement, dict):
-        raise TypeError(f"refinement: expected True, False, None, a module or a dict, got {type(refinement).__name__}")
-    modules: dict[int, nn.Module] = {}
-    for i in layers:
-        block = vision_layers(encoder)[i]
-        if refinement is True and getattr(block, "refinement", None) is not None:
-            continue
-        like = next(block.parameters())
-        inner = _attention_of(block)
-        channels = inner.head_dim if hasattr(inner, "head_dim") else inner.attention_head_size
-        module = KeyRefinement(channels, **({} if refinement is True else refinement)).to(device=like.device)
-        modules[i] = module.to(dtype=like.dtype) if like.dtype.is_floating_point else module
-        modules[i].train(block.training)
-    return modules
+def _key_channels(block: Any) -> int:
+    inner = _attention_of(block)
+    return inner.head_dim if hasattr(inner, "head_dim") else inner.attention_head_size

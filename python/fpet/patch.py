@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,7 +79,7 @@ def apply(
     if inner.patch_embed.grid_size is not None:  # else the images decide
         height, width = inner.patch_embed.grid_size
         merge_splits(height, width, len(layers))
-    modules = _check_refinement(refinement, layers, inner)
+    modules = _check_refinement(refinement, layers, inner.blocks, key_channels)
     if modules and isinstance(inner, FSDPModule):
         raise TypeError(
             f"model: {type(inner).__name__} is sharded and takes no new parameters; call fpet.apply before fully_shard"
@@ -196,8 +196,10 @@ def _check_layers(layer: int | Iterable[int] | None, depth: int) -> tuple[int, .
     return tuple(sorted(layers))
 
 
-def _check_refinement(refinement: Any, layers: tuple[int, ...], inner: Any) -> dict[int, nn.Module]:
-    """The modules to set, by layer."""
+def _check_refinement(
+    refinement: Any, layers: tuple[int, ...], blocks: Sequence[Any], channels: Callable[[Any], int]
+) -> dict[int, nn.Module]:
+    """The modules to set, by layer; ``channels`` tells the key channels of a block."""
     if refinement is None or refinement is False:
         return {}
     if isinstance(refinement, nn.Module):
@@ -213,14 +215,14 @@ def _check_refinement(refinement: Any, layers: tuple[int, ...], inner: Any) -> d
     from .refinement import KeyRefinement
 
     arguments = {} if refinement is True else refinement
-    modules = {}
+    modules: dict[int, nn.Module] = {}
     for i in layers:
-        block = inner.blocks[i]
+        block = blocks[i]
         if refinement is True and getattr(block, "refinement", None) is not None:
             continue
         like = next(block.parameters())
         # Parameters of a quantised backbone may be integers; float32 is then the trainable choice.
-        module = KeyRefinement(key_channels(block), **arguments).to(device=like.device)
+        module = KeyRefinement(channels(block), **arguments).to(device=like.device)
         modules[i] = module.to(dtype=like.dtype) if like.dtype.is_floating_point else module
         modules[i].train(block.training)
     return modules

@@ -16,6 +16,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from .lists import find_damaged
+
 __all__ = ["IMAGE_FOLDER", "LIST_NAME", "SIZES", "SPLITS", "ImageTextSplit", "check_folder", "clean_caption", "load_split"]
 
 LIST_NAME = "dataset_flickr30k.json"
@@ -118,13 +120,10 @@ def check_folder(
     if not folder.is_dir():
         return [*wrong, f"{folder}: no such folder"]
     files = sorted({folder / name for name, _, _ in entries})
-    missing = [path for path in files if not path.is_file()]
+    missing, unreadable = find_damaged(files, decode)
     if missing:
         wrong.append(f"{folder}: {len(missing)} of {len(files)} images are missing, such as {missing[0].name}")
-    if decode:
-        absent = set(missing)
-        wrong += [reason for path in files if path not in absent and (reason := _why_unreadable(path)) is not None]
-    return wrong
+    return wrong + unreadable
 
 
 def _read_list(path: Path) -> list[tuple[str, str, list[str]]]:
@@ -155,12 +154,3 @@ def _read_entry(path: Path, number: int, entry: Any) -> tuple[str, str, list[str
     if Path(name).name != name:
         raise ValueError(f"{path}: images[{number}]: expected a file name without folders, got {name!r}")
     return name, split, sentences
-
-
-def _why_unreadable(path: Path) -> str | None:
-    try:
-        with Image.open(path) as image:
-            image.load()  # verify() would pass a truncated file
-    except Exception as error:  # each format has its own
-        return f"{path}: damaged: {type(error).__name__}: {error}"
-    return None

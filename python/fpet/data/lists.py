@@ -154,13 +154,19 @@ def _check_task(folder: Path, task: ListedTask, decode: bool) -> list[str]:
     if shared := tuned & {path for path, _ in lists.get("test", [])}:
         wrong.append(f"{folder}/test.txt: {len(shared)} images are training images too, such as {min(shared).name}")
     files = sorted({path for samples in lists.values() for path, _ in samples})
-    missing = [path for path in files if not path.is_file()]
+    missing, unreadable = find_damaged(files, decode)
     if missing:
         wrong.append(f"{folder}: {len(missing)} of {len(files)} images are missing, such as {missing[0]}")
-    if decode:
-        absent = set(missing)
-        wrong += [reason for path in files if path not in absent and (reason := _why_unreadable(path)) is not None]
-    return wrong
+    return wrong + unreadable
+
+
+def find_damaged(files: list[Path], decode: bool) -> tuple[list[Path], list[str]]:
+    """Which files are not there and, with ``decode``, why others can't be read as images."""
+    missing = [path for path in files if not path.is_file()]
+    if not decode:
+        return missing, []
+    absent = set(missing)
+    return missing, [reason for path in files if path not in absent and (reason := _why_unreadable(path)) is not None]
 
 
 def _why_unreadable(path: Path) -> str | None:
