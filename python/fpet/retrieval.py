@@ -30,6 +30,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.data import DataLoader
+from torchvision import transforms
 from tqdm import tqdm
 
 from . import checkpoint, huggingface
@@ -333,26 +334,39 @@ def _reranked(
 
 
 def image_transform(size: int, *, augment: bool = False) -> Callable[[Any], Tensor]:
-    """From a PIL image to (3, size, size), normalised as BLIP has it; ``augment``: a random crop and flip, for training."""
-    return _Transform(size, augment)
+    """From a PIL image to (3, size, size), normalised as BLIP has it; ``augment``: its crop, flip and two random operations.
+
+    Each of the two is one of :class:`RandAugment`'s, and takes place every other time.
+    """
+    bicubic = transforms.InterpolationMode.BICUBIC
+    steps: list[Any] = [transforms.Resize((size, size), bicubic)]
+    if augment:
+        steps = [
+            transforms.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=bicubic), transforms.RandomHorizontalFlip(),
+            *(transforms.RandomApply([RandAugment()], p=0.5) for _ in range(2)),
+        ]  # fmt: skip
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(_MEAN, _STD)])  # type: ignore[no-any-return]
 
 
-class _Transform:
-    def __init__(self, size: int, augment: bool) -> None:
-        self.size, self.augment = size, augment
+class RandAugment(transforms.RandAugment):
+    """One of the ten operations with which BLIP trains retrieval, at its level 5 of 10.
 
-    def __call__(self, image: Any) -> Tensor:
-        from torchvision.transforms import RandomResizedCrop
-        from torchvision.transforms.functional import InterpolationMode, hflip, normalize, resize, resized_crop, to_tensor
+    At this level brightness and sharpness stay as they are; shears are by ±0.15, shifts by ±5 pixels, turns by ±15 degrees,
+    with grey behind.
+    """
 
-        size = [self.size, self.size]
-        if self.augment:
-            crop = RandomResizedCrop.get_params(image, [0.5, 1.0], [3 / 4, 4 / 3])
-            image = resized_crop(image, *crop, size, InterpolationMode.BICUBIC)
-            image = hflip(image) if torch.rand(()) < 0.5 else image
-        else:
-            image = resize(image, size, InterpolationMode.BICUBIC)
-        return normalize(to_tensor(image), _MEAN, _STD)
+    def __init__(self, magnitude: int = 5) -> None:
+        super().__init__(1, magnitude, 11, transforms.InterpolationMode.BILINEAR, fill=[128, 128, 128])
+
+    def _augmentation_space(self, num_bins: int, image_size: tuple[int, int]) -> dict[str, tuple[Tensor, bool]]:
+        """For each operation the arguments of torchvision by level, and whether their sign is drawn."""
+        nothing, shear = torch.tensor(0.0), torch.linspace(0, 0.3, num_bins)
+        pixels, factor = torch.linspace(0, 10, num_bins), torch.linspace(-0.9, 0.9, num_bins)
+        return {
+            "Identity": (nothing, False), "AutoContrast": (nothing, False), "Equalize": (nothing, False),
+            "Brightness": (factor, False), "Sharpness": (factor, False), "ShearX": (shear, True), "ShearY": (shear, True),
+            "TranslateX": (pixels, True), "TranslateY": (pixels, True), "Rotate": (torch.linspace(0, 30, num_bins), True),
+        }  # fmt: skip
 
 
 def tokenize(tokenizer: Any, captions: list[str], max_length: int) -> tuple[Tensor, Tensor]:
@@ -688,7 +702,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--layer", type=int, help="0-based layer that merges (default: the middle one)")
     tune.add_argument("--no-refinement", dest="refine", action="store_false", help="match by raw keys")
     tune.add_argument("--attention", choices=("eager", "sdpa"), help="of the vision encoder (default: the model's)")
-    tune.add_argument("--augment", action="store_true", help="random crops and flips")
+    tune.add_argument("--no-augment", dest="augment", action="store_false", help="no random crops, flips and RandAugment")
     tune.add_argument("--grad-checkpointing", action="store_true", help="compute activations again to save memory")
     tune.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     for name in (

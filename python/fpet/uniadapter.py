@@ -31,8 +31,8 @@ __all__ = ["UniAdapter", "add_uniadapters", "remove_uniadapters"]
 class UniAdapter(PETModule):
     """What one vision layer and one text layer share.
 
-    Initialised as published: ``down`` Kaiming-uniform, ``up_text`` and every bias that is listed there zero, ``up_vision`` and
-    ``up_cross`` as PyTorch initialises a linear layer.
+    Initialised as the published training does it: ``down`` Kaiming-uniform, ``up_text`` zero, ``up_vision`` and ``up_cross``
+    normal with standard deviation 0.02 (BERT's initialisation goes over them), every bias zero.
 
     Args:
         dim: D, of both encoders. hidden_dim: of the bottleneck. scale: s. dropout: probability on the hidden units.
@@ -48,8 +48,11 @@ class UniAdapter(PETModule):
         self.norm, self.norm_cross = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.down = nn.Linear(dim, hidden_dim)
         self.up_vision, self.up_text, self.up_cross = (nn.Linear(hidden_dim, dim) for _ in range(3))
-        for zero in (self.down.bias, self.up_text.weight, self.up_text.bias):
-            nn.init.zeros_(zero)
+        for layer in (self.down, self.up_vision, self.up_text, self.up_cross):
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.up_text.weight)
+        for layer in (self.up_vision, self.up_cross):
+            nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, x: Tensor, modality: str) -> Tensor:
         """(…, D) → (…, D), for ``modality`` "vision", "text" or "cross"."""
