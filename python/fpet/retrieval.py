@@ -5,18 +5,20 @@
 >>> retrieval.train(model, tokenizer, load_split(folder, "train", retrieval.image_transform(384)), RetrievalConfig())
 >>> print(retrieval.evaluate(model, tokenizer, load_split(folder, "test", retrieval.image_transform(384))).table())
 
-``python -m fpet.retrieval --demo`` runs all of it on drawn shapes.
+Under torchrun every process takes its share of each batch. ``python -m fpet.retrieval --demo`` runs all of it on drawn shapes.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,25 +26,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from tqdm import tqdm
 
 from . import checkpoint, huggingface
+from .config import Config
 from .data.base import epoch_order
 from .data.captions import WORDS, write_folder
 from .data.flickr30k import ImageTextSplit, check_folder, load_split
 from .freeze import freeze as freeze_backbone
 from .huggingface import ImageTokens, encode_image, encode_text, match_logits
 from .saving import _digest
+from .train import _first_decides, _gather, _process_group, pick_device
 from .uniadapter import add_uniadapters
 
 __all__ = [
+    "FeatureQueue",
     "Losses",
     "RetrievalConfig",
     "RetrievalLoss",
@@ -53,6 +60,7 @@ __all__ = [
     "hard_negatives",
     "image_transform",
     "load_tuned",
+    "momentum_copy",
     "prepare",
     "recall",
     "save_tuned",
@@ -73,7 +81,11 @@ class RetrievalConfig:
         merge: whether half of the image tokens are merged. layer: 0-based, in which layer; None: the middle one.
         refine: learn the key's refinement. attention: see :func:`fpet.huggingface.apply`.
         adapter_dim, adapter_scale: of the UniAdapters. temperature: of the contrastive loss, fixed.
-        epochs, batch_size, lr, min_lr, weight_decay: AdamW with a cosine from lr to min_lr.
+        queue_size: features of earlier batches that each batch is contrasted with; 0: neither queue nor momentum encoder.
+        momentum: of the encoder that they come from. alpha: share of its opinion in the targets, from the second epoch on.
+        negative_all_rank: hard negatives of one process come from the batch of all (BLIP's name), not from its own share.
+        epochs, lr, min_lr, weight_decay: AdamW; an epoch's rate is on the cosine from lr to min_lr.
+        batch_size: pairs in a step, of all processes together; the published run had 32 in each of 8.
         max_length: tokens of a caption. top_k: candidates that matching re-ranks in evaluation.
         encode_token_id: takes the first token's place where text meets image, as BLIP's own code has it; None leaves it.
         grad_checkpointing, amp (bfloat16), seed.
@@ -86,8 +98,12 @@ class RetrievalConfig:
     adapter_dim: int = 512
     adapter_scale: float = 0.1
     temperature: float = 0.07
+    queue_size: int = 57600
+    momentum: float = 0.995
+    alpha: float = 0.4
+    negative_all_rank: bool = False
     epochs: int = 6
-    batch_size: int = 32
+    batch_size: int = 256
     lr: float = 1e-5
     min_lr: float = 0.0
     weight_decay: float = 0.05
@@ -104,6 +120,11 @@ class RetrievalConfig:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.batch_size < 2:
             raise ValueError(f"batch_size: expected at least 2, as negatives come from the batch, got {self.batch_size}")
+        if self.queue_size and self.queue_size < self.batch_size:
+            raise ValueError(f"queue_size: expected 0 or at least batch_size, {self.batch_size}, got {self.queue_size}")
+        for name in ("momentum", "alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
         if self.top_k < 0:
             raise ValueError(f"top_k: expected at least 0, got {self.top_k}")
         if self.temperature <= 0:
@@ -154,20 +175,27 @@ class Losses(NamedTuple):
     matching: Tensor
 
 
-def contrastive_loss(similarity: Tensor, image_ids: Tensor) -> Tensor:
-    """Cross-entropy from image to text and back, halved; captions of one image share the probability.
+def contrastive_loss(
+    image_to_text: Tensor, text_to_image: Tensor, image_ids: Tensor, column_ids: Tensor,
+    opinions: tuple[Tensor, Tensor] | None = None, alpha: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Cross-entropy from image to text and from text to image, halved (ITC; BLIP, arXiv 2201.12086, after ALBEF's eq. 6).
+
+    A row's target is alpha · opinion + (1 − alpha) · its probability shared by all columns of its image.
 
     Args:
-        similarity: (B, B), images × texts, over the temperature. image_ids: (B,), which image each pair is of.
+        image_to_text, text_to_image: (B, C) similarities over the temperature. image_ids: (B,), column_ids: (C,), which image
+            each row and column is of. opinions: (B, C) each, what the momentum encoder makes of the rows; None: alpha is 0.
     """
-    same = (image_ids[:, None] == image_ids).to(similarity.dtype)
-    target = same / same.sum(dim=1, keepdim=True)
-    return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.t(), target)) / 2
+    same = (image_ids[:, None] == column_ids).to(image_to_text.dtype)
+    shared = same / same.sum(dim=1, keepdim=True)
+    targets = (shared, shared) if opinions is None else [alpha * opinion + (1 - alpha) * shared for opinion in opinions]
+    return (F.cross_entropy(image_to_text, targets[0]) + F.cross_entropy(text_to_image, targets[1])) / 2
 
 
 @torch.no_grad()
-def hard_negatives(similarity: Tensor, image_ids: Tensor) -> Tensor:
-    """(B,) int64: for each row a column of another image, drawn in proportion to softmax(similarity).
+def hard_negatives(similarity: Tensor, image_ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """(B,) int64: for each row of (B, B) a column of another image, drawn in proportion to softmax(similarity).
 
     Raises:
         ValueError: all pairs of a batch are of one image.
@@ -176,32 +204,175 @@ def hard_negatives(similarity: Tensor, image_ids: Tensor) -> Tensor:
     if same.all():
         raise ValueError("image_ids: expected at least two different images in a batch, which are each other's negatives")
     weights = similarity.float().masked_fill(same, float("-inf")).softmax(dim=1)
-    return torch.multinomial(weights, 1).squeeze(1)
+    return torch.multinomial(weights, 1, generator=generator).squeeze(1)
+
+
+def momentum_copy(model: nn.Module) -> nn.Module:
+    """A second ``model`` with copies of what is tuned, without gradients; frozen parameters and buffers are shared, not copied.
+
+    It merges where ``model`` does. :class:`RetrievalLoss` lets it follow.
+    """
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}
+    return copy.deepcopy(model, shared).requires_grad_(False)
+
+
+class FeatureQueue(nn.Module):
+    """The newest features of images and texts and which image each is of; the oldest make room.
+
+    Until it is full, random unit vectors of no image (id −1) hold the places, as published.
+
+    Attributes: image, text (Q, E); ids (Q,) int64; next: where the next pair goes.
+    """
+
+    image: Tensor
+    text: Tensor
+    ids: Tensor
+    next: Tensor
+
+    def __init__(self, size: int, width: int, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        for name in ("image", "text"):
+            self.register_buffer(name, F.normalize(torch.randn(size, width, generator=generator), dim=-1))
+        self.register_buffer("ids", torch.full((size,), -1))
+        self.register_buffer("next", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def put(self, image: Tensor, text: Tensor, ids: Tensor) -> None:
+        """Takes (B, E) features of each kind, B at most Q, and (B,) ids."""
+        at = (self.next + torch.arange(len(ids), device=ids.device)) % len(self.ids)
+        self.image[at], self.text[at], self.ids[at] = image.to(self.image.dtype), text.to(self.text.dtype), ids
+        self.next.copy_((self.next + len(ids)) % len(self.ids))
+
+
+class _Gather(torch.autograd.Function):
+    """The rows of all processes, of which each may use any; a row's gradient is the sum of what all made of it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def _place() -> tuple[int, int]:
+    """(rank, world size); (0, 1) outside a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _of_all(rows: Tensor) -> Tensor:
+    """(B, ...) of this process → (world · B, ...), with gradient."""
+    return rows if _place()[1] == 1 else _Gather.apply(rows)  # type: ignore[no-any-return]
 
 
 class RetrievalLoss(nn.Module):
-    """ITC and ITM of a batch of pairs; a module, so that a data-parallel wrapper goes around it.
+    """ITC and ITM of a batch of pairs; a module, so that DistributedDataParallel goes around it.
 
-    Negatives and contrasts come from the batch; BLIP's momentum encoder and its queue are left out.
+    With a queue, ITC contrasts images with the momentum encoder's texts and texts with its images, of this batch and of those
+    in the queue, and mixes its opinion into the targets (MoCo's queue and ALBEF's distillation, as BLIP has them). Without,
+    both sides are this batch, of all processes, and both learn. Averaged over processes it is the loss of the whole batch.
+
+    Args:
+        model: after :func:`prepare`, on its device. config: temperature, queue_size, momentum, alpha, negative_all_rank,
+            encode_token_id and seed of it.
+
+    Attributes: momentum_model, queue: None without a queue.
     """
 
-    def __init__(self, model: nn.Module, temperature: float = 0.07, encode_token_id: int | None = None) -> None:
-        super().__init__()
-        self.model, self.temperature, self.encode_token_id = model, temperature, encode_token_id
+    momentum_model: nn.Module | None
+    queue: FeatureQueue | None
 
-    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, image_ids: Tensor) -> Losses:
-        """Images (B, 3, H, W), texts (B, L) and their mask, (B,) which image each is."""
+    def __init__(self, model: nn.Module, config: RetrievalConfig | None = None) -> None:
+        super().__init__()
+        self.model, self.config = model, config or RetrievalConfig()
+        self.momentum_model = self.queue = None
+        if self.config.queue_size:
+            projection: Any = model.text_proj
+            queue = FeatureQueue(self.config.queue_size, projection.out_features, self.config.seed)
+            self.momentum_model, self.queue = momentum_copy(model), queue.to(projection.weight.device)
+
+    def averages(self) -> dict[str, Tensor]:
+        """The momentum encoder's own parameters, by the names they have in the model; empty without one."""
+        if self.momentum_model is None:
+            return {}
+        found = dict(self.momentum_model.named_parameters())
+        return {name: found[name] for name in tuned_parameters(self.model)}
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, image_ids: Tensor, alpha: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Losses:  # fmt: skip
+        """One step's losses; the momentum encoder takes a step before, and the queue takes in the batch after.
+
+        Args:
+            pixel_values: (B, 3, H, W), this process's share. input_ids, attention_mask: (B, L), L the same in all processes.
+            image_ids: (B,) which image each is. alpha: in place of the config's. generator: draws the negatives; with
+                negative_all_rank it has to be in the same state in all processes.
+        """
         image, image_features = encode_image(self.model, pixel_values)
         text_features = encode_text(self.model, input_ids, attention_mask)
-        similarity = (image_features @ text_features.t()).float() / self.temperature
-        other_image = hard_negatives(similarity.t(), image_ids)
-        other_text = hard_negatives(similarity, image_ids)
-        own = torch.arange(len(image_ids), device=image_ids.device)
+        contrastive = self._contrast(pixel_values, input_ids, attention_mask, image_ids, image_features, text_features, alpha)
+        ids = with_encode_token(input_ids, self.config.encode_token_id)
+        matching = self._match(image, ids, attention_mask, image_ids, image_features, text_features, generator)
+        return Losses(contrastive, matching)
+
+    def _contrast(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, image_ids: Tensor, image: Tensor, text: Tensor,
+        alpha: float | None,
+    ) -> Tensor:  # fmt: skip
+        every_id = _of_all(image_ids)
+        if self.momentum_model is None or self.queue is None:
+            every_image, every_text = _of_all(image), _of_all(text)
+            return contrastive_loss(
+                self._similarity(image, every_text), self._similarity(text, every_image), image_ids, every_id
+            )  # fmt: skip
+        with torch.no_grad():
+            tuned = tuned_parameters(self.model)
+            for name, average in self.averages().items():
+                average.lerp_(tuned[name], 1 - self.config.momentum)
+            _, slow_image = encode_image(self.momentum_model, pixel_values)
+            slow_text = encode_text(self.momentum_model, input_ids, attention_mask)
+            new_image, new_text = _of_all(slow_image), _of_all(slow_text)
+            images, texts = torch.cat((new_image, self.queue.image)), torch.cat((new_text, self.queue.text))
+            column_ids = torch.cat((every_id, self.queue.ids))
+            opinions = (
+                self._similarity(slow_image, texts).softmax(dim=1), self._similarity(slow_text, images).softmax(dim=1)
+            )  # fmt: skip
+            self.queue.put(new_image, new_text, every_id)
+        return contrastive_loss(
+            self._similarity(image, texts), self._similarity(text, images), image_ids, column_ids, opinions,
+            self.config.alpha if alpha is None else alpha,
+        )  # fmt: skip
+
+    def _match(
+        self, image: ImageTokens, ids: Tensor, mask: Tensor, image_ids: Tensor, image_features: Tensor, text_features: Tensor,
+        generator: torch.Generator | None,
+    ) -> Tensor:  # fmt: skip
+        """Each pair, its text with a hard image and its image with a hard text: (B,) matches, (2B,) that don't."""
+        own = torch.arange(len(ids), device=ids.device)
+        if self.config.negative_all_rank:
+            own = own + _place()[0] * len(ids)
+            size = None if image.size is None else _of_all(image.size)
+            image, ids, mask, image_ids = ImageTokens(_of_all(image.tokens), size), *map(_of_all, (ids, mask, image_ids))
+            image_features, text_features = _of_all(image_features.detach()), _of_all(text_features.detach())
+        similarity = self._similarity(image_features, text_features).detach()
+        other_image = hard_negatives(similarity.t(), image_ids, generator)[own]
+        other_text = hard_negatives(similarity, image_ids, generator)[own]
         images, texts = torch.cat((own, other_image, own)), torch.cat((own, own, other_text))
-        ids = with_encode_token(input_ids, self.encode_token_id)
-        logits = match_logits(self.model, ids[texts], attention_mask[texts], image.rows(images))
-        matching = F.cross_entropy(logits.float(), (torch.arange(len(texts), device=own.device) < len(own)).long())
-        return Losses(contrastive_loss(similarity, image_ids), matching)
+        logits = match_logits(self.model, ids[texts], mask[texts], image.rows(images))
+        return F.cross_entropy(logits.float(), (torch.arange(len(texts), device=own.device) < len(own)).long())
+
+    def _similarity(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """(B, E), (C, E) → (B, C), over the temperature; at least float32, whatever autocast says."""
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        with torch.autocast(rows.device.type, enabled=False):
+            return rows.to(wide) @ columns.to(wide).t() / self.config.temperature
 
 
 def with_encode_token(input_ids: Tensor, token: int | None) -> Tensor:
@@ -261,7 +432,8 @@ def evaluate(
 ) -> RetrievalScore:  # fmt: skip
     """Recall in both directions: features rank everything, matching re-ranks the ``config.top_k`` best of each query.
 
-    The model is in evaluation mode meanwhile, and afterwards as it was.
+    The model is in evaluation mode meanwhile, and afterwards as it was. In a process group every process has to call this;
+    they share the re-ranking, and all get the score.
     """
     config = config or RetrievalConfig()
     device = torch.device(device)
@@ -322,10 +494,14 @@ def _reranked(
     if not top_k:
         return similarity
     best = similarity.topk(top_k, dim=1).indices
-    queries = torch.arange(len(best))[:, None].expand(-1, top_k).reshape(-1)
-    pairs = zip(queries.split(batch_size), best.reshape(-1).split(batch_size), strict=True)
+    rank, world = _place()
+    share = torch.arange(len(best))[rank::world]
+    queries, candidates = share.repeat_interleave(top_k), best[share].reshape(-1)
+    pairs = zip(queries.split(batch_size), candidates.split(batch_size), strict=True)
     found = [match(q, c).cpu() for q, c in _bar(pairs, len(queries) / batch_size, name, progress)]
-    matching = torch.cat(found).view(len(best), top_k)
+    matching = torch.empty(best.shape)
+    for i, part in enumerate(_gather(torch.cat([torch.empty(0), *found]).view(-1, top_k), world)):
+        matching[i::world] = part
     # Similarities are cosines, so a score of at least 2 comes before all that were not re-ranked.
     return similarity.scatter(1, best, matching - matching.amin(dim=1, keepdim=True) + 2)
 
@@ -394,9 +570,9 @@ def _images(split: ImageTextSplit, batches: list[list[int]], workers: int) -> It
     yield from DataLoader(_ImagesOnly(split), batch_sampler=batches, num_workers=workers)  # type: ignore[arg-type]
 
 
-def _collate(items: list[tuple[Tensor, str, int]]) -> tuple[Tensor, list[str], Tensor]:
-    images, captions, numbers = zip(*items, strict=True)
-    return torch.stack(images), list(captions), torch.tensor(numbers)
+def _collate(items: list[tuple[Tensor, str, int]]) -> tuple[Tensor, Tensor]:
+    images, _, numbers = zip(*items, strict=True)
+    return torch.stack(images), torch.tensor(numbers)
 
 
 def _bar(things: Any, total: float, name: str, progress: bool) -> Any:
@@ -410,7 +586,10 @@ def train(
     model: nn.Module, tokenizer: Any, split: ImageTextSplit, config: RetrievalConfig, *, output: str | Path | None = None,
     device: torch.device | str = "cpu", workers: int = 0, progress: bool = False,
 ) -> list[tuple[float, float]]:  # fmt: skip
-    """Trains what requires a gradient; one process. Returns the mean contrastive and matching loss of every epoch.
+    """Trains what requires a gradient. Returns the mean contrastive and matching loss of every epoch.
+
+    In a process group every process has to call this with the same model and data; each takes its share of every batch, and
+    process 0 writes.
 
     Args:
         model: after :func:`prepare`. split: every caption comes once an epoch; what does not fill a batch is left out.
@@ -418,11 +597,17 @@ def train(
             killed goes on from its last whole epoch and ends with the same weights.
 
     Raises:
-        ValueError: less data than a batch, or ``output`` belongs to another run. RuntimeError: the loss is not finite.
+        ValueError: less data than a batch, a batch that can't be shared, or ``output`` belongs to another run. RuntimeError:
+            the loss is not finite.
     """
-    steps = len(split) // config.batch_size
+    rank, world = _place()
+    steps, share = len(split) // config.batch_size, config.batch_size // world
     if not steps:
         raise ValueError(f"batch_size: expected at most the {len(split)} captions of the split, got {config.batch_size}")
+    if share * world != config.batch_size or share < 2:
+        raise ValueError(
+            f"batch_size: expected a multiple of {world} processes with at least 2 in each, got {config.batch_size}"
+        )
     folder = None if output is None else _claim(Path(output), config)
     device = torch.device(device)
     model.to(device)
@@ -430,27 +615,40 @@ def train(
     if not tuned:
         raise ValueError("model: expected parameters that require a gradient, got none; call prepare first")
     optimizer = torch.optim.AdamW(tuned.values(), lr=config.lr, weight_decay=config.weight_decay)
-    loss = RetrievalLoss(model, config.temperature, config.encode_token_id)
-    torch.manual_seed(config.seed)
-    history = _resume(folder, tuned, optimizer)
+    loss = RetrievalLoss(model, config)
+    network: nn.Module = loss
+    if world > 1:
+        # A model that is trained whole has parameters that nothing reads. Queues are the same everywhere without being sent.
+        network = DistributedDataParallel(
+            loss, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False, find_unused_parameters=True
+        )
+    torch.manual_seed(config.seed + 1_000_003 * rank)  # dropout and augmentation differ between processes
+    history = _resume(folder, loss, optimizer)
     training = model.training
-    model.train()
+    network.train()
     for epoch in range(len(history), config.epochs):
         batches = _chunks(epoch_order(len(split), config.seed, epoch).tolist(), config.batch_size)[:steps]
+        own = slice(rank * share, (rank + 1) * share)
+        rate = config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         sums = torch.zeros(2, dtype=torch.float64)
         # A generator of its own: workers' seeds must not depend on what was drawn before a resume.
         loader: Any = DataLoader(
             split,  # type: ignore[arg-type]
-            batch_sampler=batches, num_workers=workers, collate_fn=_collate,
-            generator=torch.Generator().manual_seed(config.seed + epoch),
+            batch_sampler=[batch[own] for batch in batches], num_workers=workers, collate_fn=_collate,
+            generator=torch.Generator().manual_seed((config.seed + epoch) * world + rank),
         )  # fmt: skip
-        for step, (images, captions, numbers) in enumerate(_bar(loader, steps, f"epoch {epoch + 1}", progress)):
-            done = (epoch + step / steps) / config.epochs
-            for group in optimizer.param_groups:
-                group["lr"] = config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
-            ids, mask = tokenize(tokenizer, captions, config.max_length)
+        bar = _bar(loader, steps, f"epoch {epoch + 1}", progress and rank == 0)
+        for step, (batch, (images, numbers)) in enumerate(zip(batches, bar, strict=True)):
+            # The whole batch's captions, so that all processes pad to one length.
+            text = tokenize(tokenizer, [split.captions[i] for i in batch], config.max_length)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-                losses = loss(images.to(device), ids.to(device), mask.to(device), numbers.to(device))
+                losses = network(
+                    images.to(device), *(part[own].to(device) for part in text), numbers.to(device),
+                    alpha=config.alpha * min(1.0, epoch + step / steps),
+                    generator=_negatives_generator(config, epoch * steps + step, device),
+                )  # fmt: skip
             total = losses.contrastive + losses.matching
             if not torch.isfinite(total):
                 raise RuntimeError(f"the loss is {total.item()} in step {step} of epoch {epoch + 1}; a lower lr may help")
@@ -458,46 +656,81 @@ def train(
             total.backward()
             optimizer.step()
             sums += torch.stack(losses).detach().double().cpu()
-        contrastive, matching = (sums / steps).tolist()
+        contrastive, matching = (sum(column) / world / steps for column in zip(*_gather(sums.tolist(), world), strict=True))
         history.append((contrastive, matching))
         if folder is not None:
-            state = {
-                "tuned": {name: p.detach().cpu() for name, p in tuned.items()}, "optimizer": optimizer.state_dict(),
-                "rng": checkpoint.remember_rng(), "history": history,
-            }  # fmt: skip
-            checkpoint.write(folder, epoch + 1, state, keep=2)
+            _checkpoint(folder, epoch + 1, loss, optimizer, history)
     model.train(training)
-    if folder is not None:
+    if folder is not None and rank == 0:
         save_tuned(model, folder / "model.safetensors", config)
     return history
 
 
+def _negatives_generator(config: RetrievalConfig, step: int, device: torch.device) -> torch.Generator:
+    """In one state in all processes where they draw from the same negatives, in different ones where each has its own."""
+    rank, world = (0, 1) if config.negative_all_rank else _place()
+    return torch.Generator(device).manual_seed(((config.seed << 24) + step) * world + rank)
+
+
 def _claim(folder: Path, config: RetrievalConfig) -> Path:
     """Refuses the folder of a run with other settings; writes config.json into a new one."""
+    rank, world = _place()
     path, text = folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1)
-    if path.is_file():
-        if json.loads(path.read_text()) != json.loads(text):
-            raise ValueError(f"output: {folder} holds a run with other settings; choose another")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomically(path, text.encode())
+    refusal = None
+    if rank == 0:
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_atomically(path, text.encode())
+        elif json.loads(path.read_text()) != json.loads(text):
+            refusal = f"output: {folder} holds a run with other settings; choose another"
+    refusal = _first_decides(refusal, world)
+    if refusal is not None:
+        raise ValueError(refusal)
     return folder
 
 
+def _checkpoint(
+    folder: Path, epoch: int, loss: RetrievalLoss, optimizer: torch.optim.Optimizer, history: list[tuple[float, float]]
+) -> None:  # fmt: skip
+    rank, world = _place()
+    states = _gather(checkpoint.remember_rng(), world)
+    if rank != 0:
+        return
+    state = {
+        "tuned": {name: p.detach().cpu() for name, p in tuned_parameters(loss.model).items()},
+        "momentum": {name: p.cpu() for name, p in loss.averages().items()},
+        "queue": {} if loss.queue is None else {name: t.cpu() for name, t in loss.queue.state_dict().items()},
+        "optimizer": optimizer.state_dict(), "rng": states, "history": history,
+    }  # fmt: skip
+    checkpoint.write(folder, epoch, state, keep=2)
+
+
 def _resume(
-    folder: Path | None, tuned: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    folder: Path | None, loss: RetrievalLoss, optimizer: torch.optim.Optimizer
 ) -> list[tuple[float, float]]:  # fmt: skip
-    newest = None if folder is None else checkpoint.load_newest(folder)
-    if newest is None:
+    """The history of the newest checkpoint, to whose state everything is set; empty where there is none."""
+    rank, world = _place()
+    newest = None if folder is None or rank != 0 else checkpoint.load_newest(folder)
+    state = _first_decides(None if newest is None else newest[1], world)
+    if state is None:
         return []
-    path, state = newest
+    tuned = tuned_parameters(loss.model)
     if state["tuned"].keys() != tuned.keys():
-        raise ValueError(f"output: {path} is of a model with other tuned parameters")
+        raise ValueError(f"output: {folder} holds a run of a model with other tuned parameters")
     with torch.no_grad():
-        for name, parameter in tuned.items():
-            parameter.copy_(state["tuned"][name])
+        for parameters, values in ((tuned, state["tuned"]), (loss.averages(), state["momentum"])):
+            for name, parameter in parameters.items():
+                parameter.copy_(values[name])
+    if loss.queue is not None:
+        loss.queue.load_state_dict(state["queue"])
     optimizer.load_state_dict(state["optimizer"])
-    checkpoint.restore_rng(state["rng"])
+    if len(state["rng"]) == world:
+        checkpoint.restore_rng(state["rng"][rank])
+    else:
+        warnings.warn(
+            f"resumed with {world} processes instead of {len(state['rng'])}: dropout is not that of an unbroken run",
+            RuntimeWarning, stacklevel=3,
+        )  # fmt: skip
     return [tuple(losses) for losses in state["history"]]
 
 
@@ -616,10 +849,8 @@ def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     return BlipForImageTextRetrieval.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+def _device(args: argparse.Namespace) -> torch.device:
+    return pick_device(Config(device=args.device))
 
 
 def _split(args: argparse.Namespace, name: str, *, augment: bool = False) -> ImageTextSplit:
@@ -631,12 +862,15 @@ def _run_train(args: argparse.Namespace) -> int:
     names = {field.name for field in dataclasses.fields(RetrievalConfig)}
     config = RetrievalConfig(**{name: value for name, value in vars(args).items() if name in names})
     split = _split(args, "train", augment=args.augment)
+    torch.manual_seed(config.seed)  # of what is new in the model
     model, tokenizer = _load_model(args)
     prepare(model, config)
     history = train(
-        model, tokenizer, split, config, output=args.output, device=_device(args.device), workers=args.workers,
+        model, tokenizer, split, config, output=args.output, device=_device(args), workers=args.workers,
         progress=not args.quiet,
     )  # fmt: skip
+    if _place()[0] != 0:
+        return 0
     for epoch, (contrastive, matching) in enumerate(history, 1):
         print(f"epoch {epoch}: contrastive loss {contrastive:.4f}, matching loss {matching:.4f}")
     print(f"written: {Path(args.output) / 'model.safetensors'}")
@@ -653,12 +887,13 @@ def _run_evaluate(args: argparse.Namespace) -> int:
         config = dataclasses.replace(config, top_k=args.top_k)
     if args.encode_token_id is not None:
         config = dataclasses.replace(config, encode_token_id=args.encode_token_id)
-    device = _device(args.device)
+    device, rank = _device(args), _place()[0]
     score = evaluate(
         model.to(device), tokenizer, split, config, batch_size=args.batch_size, device=device, workers=args.workers,
-        progress=not args.quiet,
+        progress=not args.quiet and rank == 0,
     )  # fmt: skip
-    print(json.dumps(dataclasses.asdict(score)) if args.json else score.table())
+    if rank == 0:
+        print(json.dumps(dataclasses.asdict(score)) if args.json else score.table())
     return 0
 
 
@@ -690,7 +925,7 @@ def _parser() -> argparse.ArgumentParser:
     def add_model(command: argparse.ArgumentParser) -> None:
         command.add_argument("--model", default="Salesforce/blip-itm-base-flickr", help="name or folder (default: %(default)s)")
         command.add_argument("--image-size", type=int, default=384, help="pixels a side (default: %(default)s)")
-        command.add_argument("--device", default="auto", help="cpu, cuda or auto")
+        command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: %(default)s")
         command.add_argument("--workers", type=int, default=0, help="processes that read images")
         command.add_argument("--quiet", action="store_true", help="no progress bars")
         command.add_argument("--encode-token-id", type=int, help="first token where text meets image; BLIP's own is 30523")
@@ -703,11 +938,12 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--no-refinement", dest="refine", action="store_false", help="match by raw keys")
     tune.add_argument("--attention", choices=("eager", "sdpa"), help="of the vision encoder (default: the model's)")
     tune.add_argument("--no-augment", dest="augment", action="store_false", help="no random crops, flips and RandAugment")
+    tune.add_argument("--negative-all-rank", action="store_true", help="hard negatives from the batches of all processes")
     tune.add_argument("--grad-checkpointing", action="store_true", help="compute activations again to save memory")
     tune.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     for name in (
-        "adapter_dim", "adapter_scale", "temperature", "epochs", "batch_size", "lr", "min_lr", "weight_decay", "max_length",
-        "top_k", "seed",
+        "adapter_dim", "adapter_scale", "temperature", "queue_size", "momentum", "alpha", "epochs", "batch_size", "lr",
+        "min_lr", "weight_decay", "max_length", "top_k", "seed",
     ):  # fmt: skip
         value = getattr(default, name)
         tune.add_argument("--" + name.replace("_", "-"), type=type(value), default=value, help="default: %(default)s")
@@ -733,8 +969,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None and not args.demo:
         parser.error("expected --demo, train, evaluate or check")
     try:
+        if args.command == "check":
+            return _run_check(args)
         if args.command is not None:
-            return int(args.run(args))
+            with _process_group(Config(device=args.device)):
+                return int(args.run(args))
         with tempfile.TemporaryDirectory() as folder:
             demo(Path(folder), seed=args.seed)
         return 0

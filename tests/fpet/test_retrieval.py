@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,14 +18,14 @@ from PIL import Image, ImageOps
 transformers = pytest.importorskip("transformers", reason="fpet.retrieval needs transformers")
 
 import fpet  # noqa: E402
+from fpet import checkpoint, retrieval  # noqa: E402
 from fpet import huggingface as hf  # noqa: E402
-from fpet import retrieval  # noqa: E402
 from fpet.data import captions as drawn  # noqa: E402
 from fpet.data import flickr30k  # noqa: E402
 from fpet.retrieval import RetrievalConfig  # noqa: E402
 from fpet.uniadapter import UniAdapter, add_uniadapters, remove_uniadapters  # noqa: E402
 
-SMALL = RetrievalConfig(adapter_dim=4, epochs=2, batch_size=4, lr=1e-2, top_k=3, max_length=16)
+SMALL = RetrievalConfig(adapter_dim=4, epochs=2, batch_size=4, lr=1e-2, top_k=3, max_length=16, queue_size=10)
 
 
 def tiny(seed=0, **sizes):
@@ -129,16 +133,27 @@ def test_evaluation_is_one_pair_at_a_time(folder, tokenizer, merge, top_k):
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def test_contrastive_loss_shares_the_probability_of_one_image():
-    similarity = torch.randn(4, 4, dtype=torch.float64)
-    ids = torch.tensor([7, 3, 7, 1])
-    want = 0.0
-    for matrix in (similarity, similarity.t()):
-        for i in range(4):
-            same = [j for j in range(4) if ids[j] == ids[i]]
+def contrastive_by_loops(to_text, to_image, rows, columns, opinions, alpha):
+    total = 0.0
+    for matrix, opinion in zip((to_text, to_image), opinions, strict=True):
+        for i, row in enumerate(rows.tolist()):
+            same = [column == row for column in columns.tolist()]
             log = matrix[i] - matrix[i].logsumexp(0)
-            want -= sum(log[j].item() for j in same) / len(same) / 4 / 2
-    assert retrieval.contrastive_loss(similarity, ids).item() == pytest.approx(want, abs=1e-12)
+            target = [(1 - alpha) * s / sum(same) + alpha * o for s, o in zip(same, opinion[i].tolist(), strict=True)]
+            total -= sum(t * value.item() for t, value in zip(target, log, strict=True)) / len(rows) / 2
+    return total
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_contrastive_loss_is_what_loops_find(alpha):
+    rows, columns = torch.tensor([7, 3, 7, 1]), torch.tensor([7, 3, 7, 1, -1, 3, -1])
+    matrices = [torch.randn(4, 7, dtype=torch.float64) for _ in range(4)]
+    opinions = tuple(matrix.softmax(dim=1) for matrix in matrices[2:])
+    want = contrastive_by_loops(*matrices[:2], rows, columns, opinions, alpha)
+    got = retrieval.contrastive_loss(*matrices[:2], rows, columns, opinions, alpha)
+    assert got.item() == pytest.approx(want, abs=1e-12)
+    if alpha == 0:
+        assert retrieval.contrastive_loss(*matrices[:2], rows, columns).item() == pytest.approx(want, abs=1e-12)
 
 
 def test_negatives_are_of_another_image_and_hard():
@@ -154,13 +169,117 @@ def test_negatives_are_of_another_image_and_hard():
         retrieval.hard_negatives(similarity, torch.zeros(4, dtype=torch.long))
 
 
-def test_only_what_is_tuned_learns(batch):
+# --- momentum encoder and queue ---------------------------------------------------------------------------------------
+
+
+def test_a_momentum_encoder_copies_what_is_tuned_and_nothing_else():
+    model = retrieval.prepare(tiny(), dataclasses.replace(SMALL, grad_checkpointing=True))
+    tuned = retrieval.tuned_parameters(model)
+    slow = retrieval.momentum_copy(model)
+    assert len(tuned) > 20
+    for (name, p), other in zip(model.named_parameters(), slow.parameters(), strict=True):
+        assert (other is p) == (name not in tuned), name
+        assert torch.equal(p, other) and not other.requires_grad
+    assert all(b is other for b, other in zip(model.buffers(), slow.buffers(), strict=True))
+    assert len({id(p) for p in (*model.parameters(), *slow.parameters())}) == len(list(model.parameters())) + len(tuned)
+    assert slow.vision_model.fpet_config == model.vision_model.fpet_config
+    assert all(p.requires_grad for p in tuned.values())
+
+
+def randomize(model, scale=0.3):
+    with torch.no_grad():
+        for p in retrieval.tuned_parameters(model).values():
+            p.add_(scale * torch.randn_like(p))
+
+
+def test_a_step_with_a_queue(batch):
+    """The loss, the momentum encoder and the queue after it, from features that two plain models give."""
+    pixels, ids, mask, images = batch[0].double(), *batch[1:]
+    model = retrieval.prepare(tiny().double(), SMALL)
+    randomize(model)
+    loss = retrieval.RetrievalLoss(model, dataclasses.replace(SMALL, queue_size=7, momentum=0.9, temperature=0.2)).eval()
+    before = tuned_state(model)
+    old = F.normalize(torch.randn(2, 4, 16), dim=-1)
+    loss.queue.put(old[0], old[1], torch.tensor([1, 40, 3, 40]))
+    filler = loss.queue.image[4:].clone(), loss.queue.text[4:].clone()
+    randomize(model)
+    slow = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in retrieval.tuned_parameters(slow).items():
+            p.copy_(0.9 * before[name] + 0.1 * p)
+        features = [
+            (hf.encode_image(m, pixels)[1], hf.encode_text(m, ids, mask)) for m in (model, slow)
+        ]  # fmt: skip
+    got = loss(pixels, ids, mask, images, alpha=0.3)
+
+    (image, text), (slow_image, slow_text) = features
+    every_image, every_text = (
+        torch.cat((new, old[i].double(), filler[i].double())) for i, new in enumerate((slow_image, slow_text))
+    )
+    columns = torch.cat((images, torch.tensor([1, 40, 3, 40, -1, -1, -1])))
+    opinions = (slow_image @ every_text.t() / 0.2).softmax(dim=1), (slow_text @ every_image.t() / 0.2).softmax(dim=1)
+    to_text, to_image = image @ every_text.t() / 0.2, text @ every_image.t() / 0.2
+    want = contrastive_by_loops(to_text, to_image, images, columns, opinions, 0.3)
+    assert got.contrastive.item() == pytest.approx(want, abs=1e-9)
+    averages = loss.averages()
+    assert averages.keys() == before.keys()
+    for name, p in retrieval.tuned_parameters(slow).items():
+        assert torch.allclose(averages[name], p, atol=1e-12), name
+    assert loss.queue.ids[[4, 5, 6, 0, 1]].tolist() == images.tolist() and loss.queue.ids[2:4].tolist() == [3, 40]
+    assert torch.allclose(loss.queue.text[[4, 5, 6, 0, 1]].double(), slow_text, atol=1e-6)
+    assert torch.allclose(loss.queue.image[[4, 5, 6, 0, 1]].double(), slow_image, atol=1e-6)
+    assert int(loss.queue.next) == 2
+
+    got.contrastive.backward()
+    assert all(p.grad is None for p in loss.momentum_model.parameters() if not p.requires_grad)
+    assert model.vision_proj.weight.grad.any() and model.text_proj.weight.grad.any()
+
+
+def test_a_queue_keeps_the_newest():
+    queue, kept = retrieval.FeatureQueue(7, 3), [(None, -1)] * 7
+    assert torch.allclose(queue.image.norm(dim=1), torch.ones(7)) and not torch.equal(queue.image, queue.text)
+    generator = torch.Generator().manual_seed(0)
+    for count in (3, 3, 5, 7, 1, 2):
+        image, text = torch.randn(2, count, 3, generator=generator)
+        ids = torch.randint(90, (count,), generator=generator)
+        queue.put(image, text, ids)
+        kept = (kept + [(pair, number) for pair, number in zip(zip(image, text, strict=True), ids.tolist(), strict=True)])[-7:]
+        order = [(int(queue.next) + i) % 7 for i in range(7)]  # the oldest first
+        assert queue.ids[order].tolist() == [number for _, number in kept]
+        for i, (pair, _) in zip(order, kept, strict=True):
+            if pair is not None:
+                assert torch.equal(queue.image[i], pair[0]) and torch.equal(queue.text[i], pair[1])
+
+
+def test_alpha_grows_over_the_first_epoch_and_the_rate_falls_by_epochs(folder, tokenizer, monkeypatch):
+    alphas, rates = [], []
+    forward, step = retrieval.RetrievalLoss.forward, torch.optim.AdamW.step
+
+    def spy(self, *args, alpha=None, **kwargs):
+        alphas.append(alpha)
+        return forward(self, *args, alpha=alpha, **kwargs)
+
+    def spy_step(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(retrieval.RetrievalLoss, "forward", spy)
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy_step)
+    config = dataclasses.replace(SMALL, alpha=0.6, min_lr=2e-3)
+    retrieval.train(retrieval.prepare(tiny(), config), tokenizer, load(folder, "train"), config)
+    assert alphas == pytest.approx([0, 0.2, 0.4, 0.6, 0.6, 0.6])
+    assert rates == pytest.approx([1e-2] * 3 + [6e-3] * 3)
+
+
+@pytest.mark.parametrize("queue_size", [0, 10])
+def test_only_what_is_tuned_learns(batch, queue_size):
     model = tiny()
     retrieval.prepare(model, SMALL)
     with torch.no_grad():  # the published start hides the way down from the text's loss
         for adapter in model.uniadapters:
             torch.nn.init.normal_(adapter.up_text.weight)
-    losses = retrieval.RetrievalLoss(model.train(), encode_token_id=4)(*batch)
+    config = dataclasses.replace(SMALL, batch_size=5, queue_size=queue_size, encode_token_id=4)
+    losses = retrieval.RetrievalLoss(model.train(), config)(*batch)
     (losses.contrastive + losses.matching).backward()
     tuned = retrieval.tuned_parameters(model)
     groups = {name.split(".")[0] if "refinement" not in name else "refinement" for name in tuned}
@@ -176,12 +295,13 @@ def test_checkpointing_changes_no_gradient(batch):
     gradients = []
     for grad_checkpointing in (False, True):
         model = tiny().double()
-        config = RetrievalConfig(adapter_dim=4, grad_checkpointing=grad_checkpointing)
+        config = dataclasses.replace(SMALL, grad_checkpointing=grad_checkpointing)
         torch.manual_seed(1)
         retrieval.prepare(model, config).train()
         model.vision_model.encoder.layers[1].refinement.dropout = 0.0
+        loss = retrieval.RetrievalLoss(model, config)
         torch.manual_seed(2)
-        losses = retrieval.RetrievalLoss(model)(batch[0].double(), *batch[1:])
+        losses = loss(batch[0].double(), *batch[1:])
         (losses.contrastive + losses.matching).backward()
         gradients.append({name: p.grad for name, p in retrieval.tuned_parameters(model).items()})
     for name, gradient in gradients[0].items():
@@ -342,7 +462,7 @@ def test_training_lowers_the_loss(folder, tokenizer):
     refinement = model.vision_model.encoder.layers[1].refinement
     before = refinement.adapter_up.weight.detach().clone()
     frozen = model.vision_model.encoder.layers[0].mlp.fc1.weight.clone()
-    config = RetrievalConfig(adapter_dim=8, epochs=12, batch_size=5, lr=1e-2, max_length=16)
+    config = RetrievalConfig(adapter_dim=8, epochs=12, batch_size=5, lr=1e-2, max_length=16, queue_size=0)
     history = retrieval.train(model, tokenizer, load(folder, "train"), config)
     assert history[-1][0] < 0.9 * history[0][0]
     assert not torch.equal(refinement.adapter_up.weight, before)
@@ -353,15 +473,26 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_run_ends_with_the_same_weights(folder, tokenizer, tmp_path):
-    split = load(folder, "train")
+def leaves(state, path=()):
+    """Every tensor and number of a checkpoint, by where it is."""
+    if isinstance(state, (dict, list, tuple)):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from leaves(value, (*path, key))
+    else:
+        yield path, state
 
-    def run(output, transform=None):
+
+@pytest.mark.parametrize("queue_size", [0, 10])
+def test_a_killed_run_ends_with_the_same_weights(folder, tokenizer, tmp_path, queue_size):
+    split = flickr30k.load_split(folder, "train", retrieval.image_transform(16, augment=True))
+    config = dataclasses.replace(SMALL, queue_size=queue_size)
+
+    def run(output, transform=split.transform):
         torch.manual_seed(3)
-        model = retrieval.prepare(tiny(), SMALL)
+        model = retrieval.prepare(tiny(), config)
         data = load(folder, "train")
-        data.transform = transform or data.transform
-        history = retrieval.train(model, tokenizer, data, SMALL, output=output)
+        data.transform = transform
+        history = retrieval.train(model, tokenizer, data, config, output=output)
         return tuned_state(model), history
 
     whole, history = run(tmp_path / "whole")
@@ -375,12 +506,20 @@ def test_a_killed_run_ends_with_the_same_weights(folder, tokenizer, tmp_path):
 
     with pytest.raises(Killed):
         run(tmp_path / "killed", dies)
+    torch.rand(5)  # whatever the next process draws before it resumes
     again, resumed = run(tmp_path / "killed")
     assert resumed == history
     for name, value in whole.items():
         assert torch.equal(value, again[name]), name
+    one, two = (dict(leaves(checkpoint.load_newest(tmp_path / name)[1])) for name in ("whole", "killed"))
+    assert one.keys() == two.keys()
+    assert {path[0] for path in one} == {"tuned", "optimizer", "rng", "history"} | (
+        {"momentum", "queue"} if queue_size else set()
+    )
+    for path, value in one.items():
+        assert torch.equal(value, two[path]) if isinstance(value, torch.Tensor) else value == two[path], path
     with pytest.raises(ValueError, match="other settings"):
-        retrieval.train(tiny(), tokenizer, split, RetrievalConfig(epochs=9, batch_size=4), output=tmp_path / "whole")
+        retrieval.train(tiny(), tokenizer, split, dataclasses.replace(config, epochs=9), output=tmp_path / "whole")
 
 
 def test_what_was_tuned_is_read_back(folder, tokenizer, tmp_path, batch):
@@ -402,11 +541,16 @@ def test_what_was_tuned_is_read_back(folder, tokenizer, tmp_path, batch):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("epochs", 0), ("batch_size", 1), ("top_k", -1), ("temperature", 0.0), ("adapter_dim", 0)]
-)
-def test_settings_that_cannot_be(field, value):
-    with pytest.raises(ValueError, match=field):
-        RetrievalConfig(**{field: value})
+    ("field", "values"),
+    [
+        ("epochs", [0]), ("batch_size", [1]), ("top_k", [-1]), ("temperature", [0.0]), ("adapter_dim", [0]),
+        ("queue_size", [-1, 255]), ("momentum", [-0.1, 1.1]), ("alpha", [-0.1, 1.1]),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be(field, values):
+    for value in values:
+        with pytest.raises(ValueError, match=field):
+            RetrievalConfig(**{field: value})
 
 
 def test_training_refuses(folder, tokenizer):
@@ -586,7 +730,7 @@ def test_the_command(folder, tokenizer, tmp_path, capsys):
     tiny().save_pretrained(model)
     tokenizer.save_pretrained(model)
     common = ["--data-dir", str(folder), "--model", str(model), "--image-size", "16", "--quiet"]
-    tune = ["--epochs", "1", "--batch-size", "4", "--adapter-dim", "4", "--top-k", "3", "--lr", "0.01"]
+    tune = ["--epochs", "1", "--batch-size", "4", "--adapter-dim", "4", "--top-k", "3", "--lr", "0.01", "--queue-size", "8"]
     assert retrieval.main(["train", *common, *tune, "--output", str(output)]) == 0
     assert "epoch 1" in capsys.readouterr().out
     assert retrieval.main(["evaluate", *common, "--tuned", str(output / "model.safetensors")]) == 0
@@ -602,3 +746,75 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         retrieval.main([])
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+TWO = """
+import json, os, sys
+import torch.distributed as dist
+from fpet import retrieval
+
+commands, store = json.loads(sys.argv[1]), sys.argv[2]
+assert retrieval.main(commands[0]) == 0  # joins torchrun's group and leaves it
+assert not dist.is_initialized()
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(os.environ["RANK"]), world_size=2)
+for command in commands[1:]:
+    assert retrieval.main(command) == 0
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_result_of_one(folder, tokenizer, tmp_path, capsys):
+    torch.manual_seed(4)
+    model = tmp_path / "model"
+    tiny().save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    common = ["--data-dir", str(folder), "--model", str(model), "--image-size", "16", "--quiet", "--device", "cpu"]
+    # Dropout and augmentation draw differently in each process, so there is none of either.
+    tune = [
+        "train", *common, "--epochs", "2", "--batch-size", "4", "--adapter-dim", "4", "--lr", "0.001", "--max-length", "16",
+        "--no-refinement", "--no-augment", "--negative-all-rank",
+    ]  # fmt: skip
+    runs = {"queue": ["--queue-size", "10", "--momentum", "0.9"], "batch": ["--queue-size", "0"]}
+    commands = {
+        number: {name: [*tune, *more, "--output", str(tmp_path / number / name)] for name, more in runs.items()}
+        for number in ("one", "two")
+    }
+    score = ["evaluate", *common, "--tuned", str(tmp_path / "one" / "queue" / "model.safetensors"), "--json", "--top-k", "5"]
+    for command in (*commands["one"].values(), score):
+        assert retrieval.main(command) == 0
+    expected = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (tmp_path / "two.py").write_text(TWO)
+    script = [str(tmp_path / "two.py"), json.dumps([*commands["two"].values(), score]), str(tmp_path / "store")]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *script],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        timeout=300, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2") == 2 and done.stdout.count('contrastive":') == 1, "process 0 alone prints"
+    found = json.loads(done.stdout.splitlines()[-1])
+    for direction in ("image_to_text", "text_to_image"):
+        assert found[direction] == pytest.approx(expected[direction], abs=1.01 / 4), "at most a near tie"
+
+    for name in runs:
+        (_, one), (_, two) = (checkpoint.load_newest(tmp_path / number / name) for number in ("one", "two"))
+        assert len(one.pop("rng")) == 1 and len(two.pop("rng")) == 2
+        one, two = dict(leaves(one)), dict(leaves(two))
+        assert one.keys() == two.keys()
+        for path, value in one.items():
+            torch.testing.assert_close(two[path], value, rtol=1e-3, atol=2e-4, msg=f"{name}: {path}")
+
+    # What two processes began, one may end.
+    checkpoint.checkpoints(tmp_path / "two" / "queue")[0].unlink()
+    with pytest.warns(RuntimeWarning, match="resumed with 1 processes instead of 2"):
+        assert retrieval.main(commands["two"]["queue"]) == 0
+    (_, one), (_, two) = (checkpoint.load_newest(tmp_path / number / "queue") for number in ("one", "two"))
+    assert two["history"] == [pytest.approx(losses, rel=1e-4) for losses in one["history"]]
+
+
+def test_a_batch_that_can_not_be_shared(folder, tokenizer, monkeypatch):
+    monkeypatch.setattr(retrieval, "_place", lambda: (0, 3))
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of 3 processes with at least 2 in each, got 4"):
+        retrieval.train(retrieval.prepare(tiny(), SMALL), tokenizer, load(folder, "train"), SMALL)
