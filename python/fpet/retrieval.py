@@ -80,7 +80,8 @@ class RetrievalConfig:
     Attributes:
         merge: whether half of the image tokens are merged. layer: 0-based, in which layer; None: the middle one.
         refine: learn the key's refinement. attention: see :func:`fpet.huggingface.apply`.
-        adapter_dim, adapter_scale: of the UniAdapters. temperature: of the contrastive loss, fixed.
+        adapter_dim, adapter_scale, key_value_dim: see :func:`fpet.uniadapter.add_uniadapters`.
+        temperature: of the contrastive loss, fixed.
         queue_size: features of earlier batches that each batch is contrasted with; 0: neither queue nor momentum encoder.
         momentum: of the encoder that they come from. alpha: share of its opinion in the targets, from the second epoch on.
         negative_all_rank: hard negatives of one process come from the batch of all (BLIP's name), not from its own share.
@@ -97,6 +98,7 @@ class RetrievalConfig:
     attention: str | None = None
     adapter_dim: int = 512
     adapter_scale: float = 0.1
+    key_value_dim: int = 64
     temperature: float = 0.07
     queue_size: int = 57600
     momentum: float = 0.995
@@ -142,7 +144,7 @@ def prepare(model: nn.Module, config: RetrievalConfig) -> nn.Module:
         model, layer if config.merge else None, refinement=True if config.merge and config.refine else None,
         attention=config.attention,
     )  # fmt: skip
-    add_uniadapters(model, config.adapter_dim, scale=config.adapter_scale)
+    add_uniadapters(model, config.adapter_dim, scale=config.adapter_scale, key_value_dim=config.key_value_dim)
     if config.grad_checkpointing:
         # Re-entrant checkpointing gives no gradient behind frozen inputs; and transformers 5's public switch asks for one at
         # the word embeddings, to which BLIP adds in place.
@@ -825,7 +827,10 @@ def demo(
     say(
         f"{len(test.files)} test images, {len(test)} captions; guessing finds {100 / len(test.files):.1f} % of the images first"
     )
-    every = RetrievalConfig(merge=False, epochs=4, batch_size=32, lr=2e-3, weight_decay=0.01, seed=seed, top_k=16)
+    # A run of a hundred steps is over before features of earlier steps and their mean are of use: no queue.
+    every = RetrievalConfig(
+        merge=False, queue_size=0, epochs=4, batch_size=32, lr=2e-3, weight_decay=0.01, top_k=16, seed=seed
+    )  # fmt: skip
     train(model, tokenizer, first, every, progress=progress)
     scores = {"before": evaluate(model, tokenizer, test, every, progress=progress)}
     say(f"\nbefore tuning, {time.perf_counter() - start:.0f} s\n{scores['before'].table()}")
@@ -942,8 +947,8 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--grad-checkpointing", action="store_true", help="compute activations again to save memory")
     tune.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     for name in (
-        "adapter_dim", "adapter_scale", "temperature", "queue_size", "momentum", "alpha", "epochs", "batch_size", "lr",
-        "min_lr", "weight_decay", "max_length", "top_k", "seed",
+        "adapter_dim", "adapter_scale", "key_value_dim", "temperature", "queue_size", "momentum", "alpha", "epochs",
+        "batch_size", "lr", "min_lr", "weight_decay", "max_length", "top_k", "seed",
     ):  # fmt: skip
         value = getattr(default, name)
         tune.add_argument("--" + name.replace("_", "-"), type=type(value), default=value, help="default: %(default)s")

@@ -8,7 +8,8 @@ crossing adds that of the text to its own::
 
 In a vision layer it runs beside the MLP, on the un-normed tokens, after merging. In a text layer the attention's output x
 gives ``layer(x) + text(x)``; with an image, the cross-attention's output c gives ``layer(c) + text(x) + cross(c)``: the
-query keeps a path of its own.
+query keeps a path of its own. Two more adapters correct what cross-attention makes of the image tokens z in every text layer,
+``key(z) + s_k · up_k(down_k(z))`` and the same of the value: the published code has them for retrieval as for video.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .huggingface import convert, restore, vision_layers  # first: it says what 
 # isort: split
 from transformers.models.blip import modeling_blip, modeling_blip_text
 
-__all__ = ["UniAdapter", "add_uniadapters", "remove_uniadapters"]
+__all__ = ["KeyValueAdapter", "UniAdapter", "add_uniadapters", "remove_uniadapters"]
 
 
 class UniAdapter(PETModule):
@@ -71,6 +72,38 @@ class UniAdapter(PETModule):
         return f"scale={self.scale}, dropout={self.dropout}"
 
 
+class KeyValueAdapter(PETModule):
+    """What is added to the keys, or to the values, of cross-attention: s · up(down(z)), s learnt.
+
+    Initialised as the published training does it: weights normal with standard deviation 0.02, biases zero, s one.
+
+    Args:
+        dim: of the image tokens. hidden_dim: of the bottleneck. out_dim: of the keys.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, out_dim)
+        self.scale = nn.Parameter(torch.ones(()))
+        for layer in (self.down, self.up):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(…, dim) → (…, out_dim)."""
+        return self.scale * self.up(self.down(z))
+
+
+class _AdaptedProjection(nn.Linear):
+    """Cross-attention's key or value with what an adapter, held by reference, adds."""
+
+    adapter: tuple[KeyValueAdapter]
+
+    def forward(self, z: Tensor) -> Tensor:
+        (adapter,) = self.adapter
+        return super().forward(z) + adapter(z)
+
+
 class _QueryKeeper(modeling_blip_text.BlipTextAttention):
     """Cross-attention that hands on its input beside its output, (B, L, 2D): the adapter needs both."""
 
@@ -94,12 +127,16 @@ class _AdaptedTextLayer(modeling_blip_text.BlipTextLayer):
 
 
 def add_uniadapters(
-    model: nn.Module, hidden_dim: int = 512, *, scale: float = 0.1, dropout: float = 0.0
+    model: nn.Module, hidden_dim: int = 512, *, scale: float = 0.1, dropout: float = 0.0, key_value_dim: int = 64
 ) -> nn.Module:  # fmt: skip
     """Gives every layer of a BlipForImageTextRetrieval its UniAdapter: ``model.uniadapters``. Returns ``model``.
 
     It merges or doesn't as before; classes of its layers are swapped, on this model alone. :func:`fpet.freeze` leaves the
     adapters trainable.
+
+    Args:
+        hidden_dim, scale, dropout: see :class:`UniAdapter`. key_value_dim: of the bottlenecks of the two adapters of
+            cross-attention, ``model.key_value_adapters``; 0: there are none.
 
     Raises:
         TypeError: another model. ValueError: its encoders differ in width or depth, so that nothing can be shared; or it has
@@ -108,27 +145,43 @@ def add_uniadapters(
     vision, text = _encoders(model)
     if getattr(model, "uniadapters", None) is not None:
         raise ValueError("model: it has UniAdapters; call remove_uniadapters first")
+    if key_value_dim < 0:
+        raise ValueError(f"key_value_dim: expected at least 0, got {key_value_dim}")
     images, texts = vision_layers(vision), list(text.encoder.layer)
     widths, depths = (vision.config.hidden_size, text.config.hidden_size), (len(images), len(texts))
     if widths[0] != widths[1] or depths[0] != depths[1]:
         raise ValueError(
-            f"model: expected a vision and a text encoder of one width and depth, which share their adapters, got widths "
-            f"{widths[0]} and {widths[1]}, depths {depths[0]} and {depths[1]}"
+            f"model: expected a vision and a text encoder of one width and depth, as layer i of both shares one way down, got "
+            f"widths {widths[0]} and {widths[1]}, depths {depths[0]} and {depths[1]}; neither UniAdapter's paper nor its code "
+            f"says what would be shared there"
         )
-    adapters = []
-    for layer in texts:
-        like = layer.output.dense.weight
-        adapter = UniAdapter(widths[0], hidden_dim, scale=scale, dropout=dropout).to(like.device)
-        adapters.append((adapter.to(like.dtype) if like.dtype.is_floating_point else adapter).train(layer.training))
+    adapters = nn.ModuleList(
+        _placed(UniAdapter(widths[0], hidden_dim, scale=scale, dropout=dropout), layer.output.dense).train(layer.training)
+        for layer in texts
+    )
+    crossing = [layer.crossattention for layer in texts if hasattr(layer, "crossattention")]
     convert(vision)
     for image_layer, text_layer, adapter in zip(images, texts, adapters, strict=True):
         image_layer.adapter = (adapter, "vision")
         text_layer.uniadapter = (adapter,)
         text_layer.__class__ = _AdaptedTextLayer
-        if hasattr(text_layer, "crossattention"):
-            text_layer.crossattention.__class__ = _QueryKeeper
-    model.uniadapters = nn.ModuleList(adapters)
+    for attention in crossing:
+        attention.__class__ = _QueryKeeper
+    model.uniadapters = adapters
+    if key_value_dim and crossing:
+        first = crossing[0].self.key
+        model.key_value_adapters = nn.ModuleDict(
+            {n: _placed(KeyValueAdapter(first.in_features, key_value_dim, first.out_features), first) for n in ("key", "value")}
+        )
+        for name, adapter in model.key_value_adapters.items():
+            for projection in (getattr(attention.self, name) for attention in crossing):
+                projection.__class__, projection.adapter = _AdaptedProjection, (adapter,)
     return model
+
+
+def _placed(adapter: Any, beside: nn.Linear) -> Any:
+    like = beside.weight
+    return adapter.to(like.device, like.dtype if like.dtype.is_floating_point else None)
 
 
 def remove_uniadapters(model: nn.Module) -> nn.Module:
@@ -137,12 +190,17 @@ def remove_uniadapters(model: nn.Module) -> nn.Module:
     if getattr(model, "uniadapters", None) is None:
         return model
     del model.uniadapters
+    if hasattr(model, "key_value_adapters"):
+        del model.key_value_adapters
     for image_layer, text_layer in zip(vision_layers(vision), text.encoder.layer, strict=True):
         del image_layer.adapter
         del text_layer.uniadapter
         text_layer.__class__ = modeling_blip_text.BlipTextLayer
         if hasattr(text_layer, "crossattention"):
             text_layer.crossattention.__class__ = modeling_blip_text.BlipTextAttention
+            for projection in (text_layer.crossattention.self.key, text_layer.crossattention.self.value):
+                projection.__class__ = nn.Linear
+                projection.__dict__.pop("adapter", None)
     restore(vision)
     return model
 

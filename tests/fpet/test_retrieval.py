@@ -283,7 +283,7 @@ def test_only_what_is_tuned_learns(batch, queue_size):
     (losses.contrastive + losses.matching).backward()
     tuned = retrieval.tuned_parameters(model)
     groups = {name.split(".")[0] if "refinement" not in name else "refinement" for name in tuned}
-    assert groups == {"uniadapters", "vision_proj", "text_proj", "itm_head", "refinement"}
+    assert groups == {"uniadapters", "key_value_adapters", "vision_proj", "text_proj", "itm_head", "refinement"}
     for name, p in model.named_parameters():
         if name in tuned:
             assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
@@ -380,7 +380,7 @@ def test_adapters_come_and_go(batch):
         add_uniadapters(model, 4)
         assert not torch.equal(model(batch[1], batch[0]).itm_score, before)
         new = [name for name in model.state_dict() if name not in keys]
-        assert new and all(name.startswith("uniadapters.") for name in new)
+        assert {name.split(".")[0] for name in new} == {"uniadapters", "key_value_adapters"}
         with pytest.raises(ValueError, match="it has UniAdapters"):
             add_uniadapters(model)
         hf.apply(model, 1)
@@ -419,9 +419,36 @@ def test_adapters_of_published_size():
         count = sum(p.numel() for p in UniAdapter(768, 512).parameters())
     assert count == 768 * 512 + 512 + 3 * (512 * 768 + 768) + 4 * 768
     model = tiny()
-    add_uniadapters(model, 4)
+    add_uniadapters(model, 4, key_value_dim=3)
     counted = fpet.count_parameters(fpet.freeze(model))
-    assert counted.adapters == counted.trainable == sum(p.numel() for p in model.uniadapters.parameters())
+    count = sum(p.numel() for p in model.uniadapters.parameters()) + 2 * (16 * 3 + 3 + 3 * 16 + 16 + 1)
+    assert counted.adapters == counted.trainable == count
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merge", [False, True])
+def test_keys_and_values_of_cross_attention_are_adapted(batch, merge):
+    """The model with adapted keys and values is one without, each of whose projections was given what the adapters add."""
+    model, plain = tiny().double(), tiny().double()
+    for some, key_value_dim in ((model, 3), (plain, 0)):
+        hf.apply(some, 0 if merge else None)
+        add_uniadapters(some, 4, key_value_dim=key_value_dim)
+    plain.uniadapters.load_state_dict(model.uniadapters.state_dict())
+    pixels, ids, mask = batch[0].double(), batch[1], batch[2]
+    before = plain(ids, pixels, attention_mask=mask).itm_score
+    for name, adapter in model.key_value_adapters.items():
+        assert adapter.scale == 1 and adapter.down.weight.std() < 0.05 and not adapter.up.bias.any()
+        for p in adapter.parameters():
+            torch.nn.init.normal_(p)
+        for layer in plain.text_encoder.encoder.layer:
+            projection = getattr(layer.crossattention.self, name)
+            projection.weight += adapter.scale * adapter.up.weight @ adapter.down.weight
+            projection.bias += adapter.scale * (adapter.up.weight @ adapter.down.bias + adapter.up.bias)
+    got = model(ids, pixels, attention_mask=mask).itm_score
+    assert torch.allclose(got, plain(ids, pixels, attention_mask=mask).itm_score, atol=1e-10)
+    assert not torch.allclose(got, before, atol=1e-3)
+    text = model(ids, pixels, attention_mask=mask, use_itm_head=False).itm_score
+    assert torch.equal(text, plain(ids, pixels, attention_mask=mask, use_itm_head=False).itm_score)
 
 
 def test_adapters_start_as_published():
@@ -449,6 +476,8 @@ def test_adapters_that_cannot_be_shared():
         add_uniadapters(model)
     with pytest.raises(TypeError, match="BlipForImageTextRetrieval"):
         add_uniadapters(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="key_value_dim"):
+        add_uniadapters(tiny(), 4, key_value_dim=-1)
     for arguments in ({"hidden_dim": 0}, {"dropout": 1.0}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             UniAdapter(8, **arguments)
