@@ -620,9 +620,10 @@ def train(
     loss = RetrievalLoss(model, config)
     network: nn.Module = loss
     if world > 1:
-        # A model that is trained whole has parameters that nothing reads. Queues are the same everywhere without being sent.
+        # Trained whole, a model has parameters that nothing reads. Queues are the same everywhere without being sent.
+        whole = all(p.requires_grad for p in model.parameters())
         network = DistributedDataParallel(
-            loss, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False, find_unused_parameters=True
+            loss, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False, find_unused_parameters=whole
         )
     torch.manual_seed(config.seed + 1_000_003 * rank)  # dropout and augmentation differ between processes
     history = _resume(folder, loss, optimizer)

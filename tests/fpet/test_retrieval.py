@@ -785,11 +785,28 @@ import torch.distributed as dist
 from fpet import retrieval
 
 commands, store = json.loads(sys.argv[1]), sys.argv[2]
+write = retrieval._checkpoint
+
+
+def write_if_all_have_the_same(folder, epoch, loss, *rest):
+    tensors = (*retrieval.tuned_parameters(loss.model).values(), *loss.averages().values(), *loss.buffers())
+    both = [None, None]
+    dist.all_gather_object(both, [t.tolist() for t in tensors])
+    assert both[0] == both[1]
+    write(folder, epoch, loss, *rest)
+
+
+retrieval._checkpoint = write_if_all_have_the_same
 assert retrieval.main(commands[0]) == 0  # joins torchrun's group and leaves it
 assert not dist.is_initialized()
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(os.environ["RANK"]), world_size=2)
 for command in commands[1:]:
-    assert retrieval.main(command) == 0
+    if command[0] == "rename":
+        if dist.get_rank() == 0:
+            os.rename(*command[1:])
+        dist.barrier()
+    else:
+        assert retrieval.main(command) == 0
 dist.destroy_process_group()
 """
 
@@ -800,11 +817,9 @@ def test_two_processes_give_the_result_of_one(folder, tokenizer, tmp_path, capsy
     tiny().save_pretrained(model)
     tokenizer.save_pretrained(model)
     common = ["--data-dir", str(folder), "--model", str(model), "--image-size", "16", "--quiet", "--device", "cpu"]
-    # Dropout and augmentation draw differently in each process, so there is none of either.
-    tune = [
-        "train", *common, "--epochs", "2", "--batch-size", "4", "--adapter-dim", "4", "--lr", "0.001", "--max-length", "16",
-        "--no-refinement", "--no-augment", "--negative-all-rank",
-    ]  # fmt: skip
+    drawing = ["train", *common, "--epochs", "2", "--adapter-dim", "4", "--lr", "0.001", "--max-length", "16"]
+    # Dropout, augmentation and negatives of its own draw differently in each process, so there is none of them.
+    tune = [*drawing, "--batch-size", "4", "--no-refinement", "--no-augment", "--negative-all-rank"]
     runs = {"queue": ["--queue-size", "10", "--momentum", "0.9"], "batch": ["--queue-size", "0"]}
     commands = {
         number: {name: [*tune, *more, "--output", str(tmp_path / number / name)] for name, more in runs.items()}
@@ -815,14 +830,18 @@ def test_two_processes_give_the_result_of_one(folder, tokenizer, tmp_path, capsy
         assert retrieval.main(command) == 0
     expected = json.loads(capsys.readouterr().out.splitlines()[-1])
     (tmp_path / "two.py").write_text(TWO)
-    script = [str(tmp_path / "two.py"), json.dumps([*commands["two"].values(), score]), str(tmp_path / "store")]
+    # With all of them, a run that was killed in its second epoch.
+    killed, last, kept = tmp_path / "killed", "step-00000002.ckpt", tmp_path / "step-00000002.ckpt"
+    again = [*drawing, "--batch-size", "8", "--queue-size", "10", "--output", str(killed)]
+    work = [*commands["two"].values(), again, ["rename", str(killed / last), str(kept)], again, score]
+    script = [str(tmp_path / "two.py"), json.dumps(work), str(tmp_path / "store")]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *script],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         timeout=300, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 2") == 2 and done.stdout.count('contrastive":') == 1, "process 0 alone prints"
+    assert done.stdout.count("epoch 2") == 4 and done.stdout.count('contrastive":') == 1, "process 0 alone prints"
     found = json.loads(done.stdout.splitlines()[-1])
     for direction in ("image_to_text", "text_to_image"):
         assert found[direction] == pytest.approx(expected[direction], abs=1.01 / 4), "at most a near tie"
@@ -834,6 +853,11 @@ def test_two_processes_give_the_result_of_one(folder, tokenizer, tmp_path, capsy
         assert one.keys() == two.keys()
         for path, value in one.items():
             torch.testing.assert_close(two[path], value, rtol=1e-3, atol=2e-4, msg=f"{name}: {path}")
+
+    one, two = (dict(leaves(checkpoint.read(path))) for path in (kept, killed / last))
+    assert one.keys() == two.keys() and {path[:2] for path in one if path[0] == "rng"} == {("rng", 0), ("rng", 1)}
+    for path, value in one.items():
+        assert torch.equal(value, two[path]) if isinstance(value, torch.Tensor) else value == two[path], path
 
     # What two processes began, one may end.
     checkpoint.checkpoints(tmp_path / "two" / "queue")[0].unlink()
