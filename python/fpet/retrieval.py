@@ -2,7 +2,8 @@
 
 >>> model = BlipForImageTextRetrieval.from_pretrained("Salesforce/blip-itm-base-flickr")
 >>> retrieval.prepare(model, RetrievalConfig())
->>> retrieval.train(model, tokenizer, load_split(folder, "train", retrieval.image_transform(384)), RetrievalConfig())
+>>> split = load_split(folder, "train", retrieval.image_transform(384, augment=True))
+>>> retrieval.train(model, tokenizer, split, RetrievalConfig())
 >>> print(retrieval.evaluate(model, tokenizer, load_split(folder, "test", retrieval.image_transform(384))).table())
 
 Under torchrun every process takes its share of each batch. ``python -m fpet.retrieval --demo`` runs all of it on drawn shapes.
@@ -218,7 +219,7 @@ def momentum_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared).requires_grad_(False)
 
 
-class FeatureQueue(nn.Module):
+class FeatureQueue:
     """The newest features of images and texts and which image each is of; the oldest make room.
 
     Until it is full, random unit vectors of no image (id −1) hold the places, as published.
@@ -226,18 +227,13 @@ class FeatureQueue(nn.Module):
     Attributes: image, text (Q, E); ids (Q,) int64; next: where the next pair goes.
     """
 
-    image: Tensor
-    text: Tensor
-    ids: Tensor
-    next: Tensor
-
-    def __init__(self, size: int, width: int, seed: int = 0) -> None:
-        super().__init__()
+    def __init__(self, size: int, width: int, seed: int = 0, device: torch.device | str = "cpu") -> None:
         generator = torch.Generator().manual_seed(seed)
-        for name in ("image", "text"):
-            self.register_buffer(name, F.normalize(torch.randn(size, width, generator=generator), dim=-1))
-        self.register_buffer("ids", torch.full((size,), -1))
-        self.register_buffer("next", torch.zeros((), dtype=torch.int64))
+        self.image, self.text = (
+            F.normalize(torch.randn(size, width, generator=generator), dim=-1).to(device) for _ in range(2)
+        )  # fmt: skip
+        self.ids = torch.full((size,), -1, device=device)
+        self.next = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def put(self, image: Tensor, text: Tensor, ids: Tensor) -> None:
@@ -245,6 +241,15 @@ class FeatureQueue(nn.Module):
         at = (self.next + torch.arange(len(ids), device=ids.device)) % len(self.ids)
         self.image[at], self.text[at], self.ids[at] = image.to(self.image.dtype), text.to(self.text.dtype), ids
         self.next.copy_((self.next + len(ids)) % len(self.ids))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors themselves, by name."""
+        return {"image": self.image, "text": self.text, "ids": self.ids, "next": self.next}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes the values of another queue of this size."""
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
 
 
 class _Gather(torch.autograd.Function):
@@ -288,7 +293,7 @@ class RetrievalLoss(nn.Module):
     """
 
     momentum_model: nn.Module | None
-    queue: FeatureQueue | None
+    queue: FeatureQueue | None  # no buffers, which DistributedDataParallel would send around: it is the same everywhere
 
     def __init__(self, model: nn.Module, config: RetrievalConfig | None = None) -> None:
         super().__init__()
@@ -296,8 +301,9 @@ class RetrievalLoss(nn.Module):
         self.momentum_model = self.queue = None
         if self.config.queue_size:
             projection: Any = model.text_proj
-            queue = FeatureQueue(self.config.queue_size, projection.out_features, self.config.seed)
-            self.momentum_model, self.queue = momentum_copy(model), queue.to(projection.weight.device)
+            weight = projection.weight
+            self.momentum_model = momentum_copy(model)
+            self.queue = FeatureQueue(self.config.queue_size, len(weight), self.config.seed, weight.device)
 
     def averages(self) -> dict[str, Tensor]:
         """The momentum encoder's own parameters, by the names they have in the model; empty without one."""
@@ -620,11 +626,7 @@ def train(
     loss = RetrievalLoss(model, config)
     network: nn.Module = loss
     if world > 1:
-        # Trained whole, a model has parameters that nothing reads. Queues are the same everywhere without being sent.
-        whole = all(p.requires_grad for p in model.parameters())
-        network = DistributedDataParallel(
-            loss, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False, find_unused_parameters=whole
-        )
+        network = DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None)
     torch.manual_seed(config.seed + 1_000_003 * rank)  # dropout and augmentation differ between processes
     history = _resume(folder, loss, optimizer)
     training = model.training

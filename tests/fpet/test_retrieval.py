@@ -789,7 +789,8 @@ write = retrieval._checkpoint
 
 
 def write_if_all_have_the_same(folder, epoch, loss, *rest):
-    tensors = (*retrieval.tuned_parameters(loss.model).values(), *loss.averages().values(), *loss.buffers())
+    tensors = [*retrieval.tuned_parameters(loss.model).values(), *loss.averages().values()]
+    tensors += loss.queue.state_dict().values() if loss.queue else ()
     both = [None, None]
     dist.all_gather_object(both, [t.tolist() for t in tensors])
     assert both[0] == both[1]
