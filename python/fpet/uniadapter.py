@@ -151,8 +151,8 @@ def add_uniadapters(
     widths, depths = (vision.config.hidden_size, text.config.hidden_size), (len(images), len(texts))
     if widths[0] != widths[1] or depths[0] != depths[1]:
         raise ValueError(
-            f"model: expected a vision and a text encoder of one width and depth, layer i of which share an adapter, got widths "
-            f"{widths[0]} and {widths[1]}, depths {depths[0]} and {depths[1]}, for which UniAdapter defines nothing"
+            f"model: expected a vision and a text encoder of one width and depth, layers i of which share an adapter, got "
+            f"widths {widths[0]} and {widths[1]}, depths {depths[0]} and {depths[1]}, for which UniAdapter defines nothing"
         )
     adapters = nn.ModuleList(
         _placed(UniAdapter(widths[0], hidden_dim, scale=scale, dropout=dropout), layer.output.dense).train(layer.training)
