@@ -306,17 +306,17 @@ def reserved_memory(
     trained, device = _trained(model), images.device
     optimizer = optimizer or _still(trained)
     optimizer.zero_grad(set_to_none=True)
-    allocator = CachingAllocator()
-    if device.type == "cuda":
+    real, allocator = device.type == "cuda", CachingAllocator()
+    if real:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     known = [*_tensors([model]), images, labels, *_state(optimizer)]
-    with _same_random_numbers(device), _no_collection(), _LiveStorages(known, allocator):
+    with _same_random_numbers(device), _no_collection(), nullcontext() if real else _LiveStorages(known, allocator):
         for _ in range(steps):
             _forward_backward(model, images, labels, amp, nullcontext())
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else allocator.reserved
+    return torch.cuda.max_memory_reserved(device) if real else allocator.reserved
 
 
 def _forward_backward(model: nn.Module, images: Tensor, labels: Tensor, amp: bool, saved: AbstractContextManager[Any]) -> None:
