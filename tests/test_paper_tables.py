@@ -98,6 +98,16 @@ def test_columns_of_what_was_measured_hold_nothing_published() -> None:
     assert "Not measured: accuracy %, training GB, tuned M." in render.variant_table([PLAIN, MERGED], quantities, rows)
 
 
+def test_times_say_which_machines_they_are_of() -> None:
+    rows = []
+    for variant, machine in ((PLAIN, "this one"), (MERGED, "that one")):
+        row = fresh_row(variant, time_ms=1.0, gmac=1.0)
+        rows.append({**row, "cpu": machine, "conditions": {"time_ms": {"clock": "cpu"}, "memory_gb": {"batch": 64}}})
+    (found,) = render.merge_rows(rows).values()
+    told = render.conditions(found, ["time_ms", "memory_gb"])
+    assert told == ["ms/image: clock cpu; machine this one or that one", "training GB: batch 64"]
+
+
 def test_numbers_are_written_out() -> None:
     assert [render._number(v, "#.3g") for v in (2014.0, 123.4, 0.5, None)] == ["2010", "123", "0.500", "–"]
 

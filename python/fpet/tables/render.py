@@ -50,6 +50,10 @@ def merge_rows(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[Variant, Row]]
         if row["model"] == "embedded":
             continue
         setting = tuple(row[name] for name in ("device", "dtype", "attention"))
+        machine = row.get("gpu") or row.get("cpu")
+        if machine is not None:  # times of several machines may meet in one column
+            timed = {name: {**told, "machine": machine} for name, told in row["conditions"].items() if "clock" in told}
+            row = {**row, "conditions": row["conditions"] | timed}
         old = merged.setdefault(setting, {}).get(variant_of(row), {})
         united = {name: {**old.get(name, {}), **row[name]} for name in ("measured", "ratio", "backbone_ratio", "conditions")}
         merged[setting][variant_of(row)] = {**row, **united}
