@@ -169,7 +169,7 @@ class _Collector:
             row = self.row(variant)
             measured, told = row["measured"], row["conditions"]
             if "gmac" in quantities and self.spends_the_same(variant):
-                measured["gmac"] = measure.gmac(variant, o.attention)
+                measured["gmac"] = measure.gmac(variant)
             if "memory_gb" in quantities and _trains(variant):
                 batch = PAPER_BATCH["memory"]
                 found, how = measure.training_bytes(variant, batch, o.device, o.attention, o.amp)
