@@ -4,14 +4,18 @@
 ...     loss = F.cross_entropy(model(images), labels)
 >>> saved.bytes
 
-:func:`step_memory` adds parameters, gradients and optimiser to that, and the peak: the training memory of Table 1.
+:func:`step_memory` adds parameters, gradients and optimiser to that, and the peak: the training memory of tensors.
+:func:`reserved_memory` is what PyTorch's caching allocator takes from a GPU to hold them.
 """
 
 from __future__ import annotations
 
+import bisect
+import gc
 import weakref
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +24,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["SavedTensors", "StepMemory", "step_memory"]
+__all__ = ["CachingAllocator", "SavedTensors", "StepMemory", "reserved_memory", "step_memory"]
+
+MIB = 1 << 20
 
 
 class StepMemory(NamedTuple):
@@ -100,13 +106,119 @@ def _unpack(held: _Held) -> Tensor:
     return held.tensor
 
 
-class _LiveStorages(TorchDispatchMode):
-    """Follows every storage that an operator returns until it is freed. Attributes: bytes, at the maximum; now."""
+class CachingAllocator:
+    """Where PyTorch's caching allocator would put tensors on a GPU, by its default rules. Nothing is allocated.
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    A size is rounded up to 512 bytes. The smallest free block that holds it is taken; if there is none, a segment from the
+    device: 2 MiB for blocks of up to 1 MiB, 20 MiB for those below 10 MiB, otherwise the size, rounded up to 2 MiB. What is
+    left of a block stays free as one of its own, from 512 bytes on among the small ones and above 1 MiB among the large.
+    Neighbours that are free become one block; segments never do, and none goes back to the device.
+
+    Attributes:
+        reserved: bytes taken from the device. allocated: bytes of blocks in use.
+    """
+
+    def __init__(self) -> None:
+        self.reserved = self.allocated = 0
+        self._blocks: dict[int, _Block] = {}  # by address
+        self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # small, large: (size, address), sorted
+        self._end = 0  # of the last segment
+
+    def allocate(self, size: int) -> int:
+        """The address of a block for ``size`` bytes, which are more than none."""
+        size = _round_up(size, 512)
+        small = size <= MIB
+        fitting = bisect.bisect_left(self._free[small], (size, 0))
+        address = self._free[small][fitting][1] if fitting < len(self._free[small]) else self._add_segment(size, small)
+        block = self._blocks[address]
+        self._take_out(address)
+        rest = block.size - size
+        if rest >= 512 if small else rest > MIB:
+            block.size = size
+            self._blocks[address + size] = _Block(rest, small, before=address, after=block.after)
+            block.after = address + size
+            self._link(address + size)
+            self._put_in(address + size)
+        self.allocated += block.size
+        return address
+
+    def free(self, address: int) -> None:
+        """Gives back the block at ``address``, which :meth:`allocate` returned."""
+        self.allocated -= self._blocks[address].size
+        self._put_in(address)
+        before, after = self._blocks[address].before, self._blocks[address].after
+        if after is not None and self._blocks[after].free:
+            self._join(address, after)
+        if before is not None and self._blocks[before].free:
+            self._join(before, address)
+
+    def _add_segment(self, size: int, small: bool) -> int:
+        segment = 2 * MIB if small else 20 * MIB if size < 10 * MIB else _round_up(size, 2 * MIB)
+        address, self._end = self._end, self._end + segment
+        self._blocks[address] = _Block(segment, small)
+        self._put_in(address)
+        self.reserved += segment
+        return address
+
+    def _join(self, address: int, after: int) -> None:
+        self._take_out(address)
+        self._take_out(after)
+        block, gone = self._blocks[address], self._blocks.pop(after)
+        block.size, block.after = block.size + gone.size, gone.after
+        self._link(address)
+        self._put_in(address)
+
+    def _link(self, address: int) -> None:
+        """Tells the block behind ``address`` who its neighbour is."""
+        after = self._blocks[address].after
+        if after is not None:
+            self._blocks[after].before = address
+
+    def _put_in(self, address: int) -> None:
+        block = self._blocks[address]
+        block.free = True
+        bisect.insort(self._free[block.small], (block.size, address))
+
+    def _take_out(self, address: int) -> None:
+        block = self._blocks[address]
+        block.free = False
+        del self._free[block.small][bisect.bisect_left(self._free[block.small], (block.size, address))]
+
+
+@dataclass
+class _Block:
+    """Part of a segment. Attributes: before, after: addresses of its neighbours there."""
+
+    size: int
+    small: bool
+    before: int | None = None
+    after: int | None = None
+    free: bool = False
+
+
+def _round_up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Follows every storage that an operator returns until it is freed.
+
+    Args:
+        known: tensors that are there already. allocator: told of every storage, theirs first.
+
+    Attributes:
+        bytes: of what operators returned, at the maximum. now: at present.
+    """
+
+    def __init__(self, known: Iterable[Tensor], allocator: CachingAllocator | None = None) -> None:
         super().__init__()
         self.bytes = self.now = 0
-        self._seen = {_key(t) for t in known}
+        self._allocator = allocator
+        self._seen: set[int] = set()
+        for tensor in known:
+            if _key(tensor) not in self._seen:
+                self._seen.add(_key(tensor))
+                self._allocate(_storage(tensor).nbytes())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -116,13 +228,19 @@ class _LiveStorages(TorchDispatchMode):
                 self._seen.add(key)
                 self.now += storage.nbytes()
                 self.bytes = max(self.bytes, self.now)
+                address = self._allocate(storage.nbytes())
                 # torch keeps a storage's Python object, and with it this callback, as long as the storage itself
-                weakref.finalize(storage, self._freed, key, storage.nbytes()).atexit = False
+                weakref.finalize(storage, self._freed, key, storage.nbytes(), address).atexit = False
         return result
 
-    def _freed(self, key: int, size: int) -> None:
+    def _allocate(self, size: int) -> int | None:
+        return self._allocator.allocate(size) if self._allocator is not None and size else None
+
+    def _freed(self, key: int, size: int, address: int | None) -> None:
         self._seen.discard(key)
         self.now -= size
+        if self._allocator is not None and address is not None:
+            self._allocator.free(address)
 
 
 def step_memory(
@@ -143,11 +261,8 @@ def step_memory(
     Raises:
         ValueError: nothing is trained.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
-        raise ValueError("model: expected parameters that require a gradient, got none")
-    if optimizer is None:
-        optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+    trained = _trained(model)
+    optimizer = optimizer or _still(trained)
     device = images.device
     optimizer.zero_grad(set_to_none=True)
     parameters, buffers = _size(model.parameters()), _size(model.buffers())
@@ -156,12 +271,9 @@ def step_memory(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with _same_random_numbers(device):
         with live:
-            with saved, torch.autocast(device.type, torch.bfloat16) if amp else nullcontext():
-                loss = F.cross_entropy(model(images).float(), labels)
-            loss.backward()
-            del loss
+            _forward_backward(model, images, labels, amp, saved)
         measured = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         gradients = _size(p.grad for p in trained if p.grad is not None)
         stepped = _size(_state(optimizer))
@@ -172,6 +284,76 @@ def step_memory(
     # The state of a fresh optimiser comes to be after the peak, and is there at the next step's.
     peak = parameters + buffers + inputs + live.bytes + state if measured is None else measured + state - stepped
     return StepMemory(parameters, buffers, gradients, state, inputs, saved.bytes, peak)
+
+
+def reserved_memory(
+    model: nn.Module, images: Tensor, labels: Tensor, *, optimizer: torch.optim.Optimizer | None = None,
+    amp: bool = False, steps: int = 3,
+) -> int:  # fmt: skip
+    """Bytes that PyTorch's caching allocator takes from a GPU for some training steps, the holes between tensors included.
+
+    On a GPU that is what the allocator says, of the whole process. Elsewhere every storage that an operator returns goes
+    through :class:`CachingAllocator`, which leaves out what a kernel allocates and frees within one call. A program holds
+    more on a GPU: its CUDA context, about a gigabyte, which no allocator sees.
+
+    Args:
+        steps: with more than one the optimiser's state is there, as in all steps but the first.
+        The rest as in :func:`step_memory`.
+
+    Raises:
+        ValueError: nothing is trained.
+    """
+    trained, device = _trained(model), images.device
+    optimizer = optimizer or _still(trained)
+    optimizer.zero_grad(set_to_none=True)
+    allocator = CachingAllocator()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    known = [*_tensors([model]), images, labels, *_state(optimizer)]
+    with _same_random_numbers(device), _no_collection(), _LiveStorages(known, allocator):
+        for _ in range(steps):
+            _forward_backward(model, images, labels, amp, nullcontext())
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else allocator.reserved
+
+
+def _forward_backward(model: nn.Module, images: Tensor, labels: Tensor, amp: bool, saved: AbstractContextManager[Any]) -> None:
+    """``saved`` is entered for the forward alone."""
+    with saved, torch.autocast(images.device.type, torch.bfloat16) if amp else nullcontext():
+        loss = F.cross_entropy(model(images).float(), labels)
+    loss.backward()
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("model: expected parameters that require a gradient, got none")
+    return trained
+
+
+def _still(trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """An AdamW that moves nothing."""
+    return torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+
+
+def _same_random_numbers(device: torch.device) -> AbstractContextManager[Any]:
+    """Afterwards the random generators are where they were."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Tensors go when their last name goes, not whenever the garbage collector happens to run."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -1,8 +1,11 @@
-"""Memory of a training step: counts that can be done by hand, and the ratios of Table 1."""
+"""Memory of a training step: counts that can be done by hand, the caching allocator's rules, and the ratios of Table 1."""
 
 from __future__ import annotations
 
+import functools
 import gc
+import itertools
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fpet
-from fpet.memory import SavedTensors, StepMemory, step_memory
+from fpet.memory import MIB, CachingAllocator, SavedTensors, StepMemory, reserved_memory, step_memory
 from fpet_kernels import KeyRefinement, bdm_merge
 
 FLOAT = 4
@@ -163,14 +166,137 @@ def test_nothing_is_left_behind() -> None:
 
 
 def test_nothing_to_train_is_refused() -> None:
-    with pytest.raises(ValueError, match="model: expected parameters that require a gradient, got none"):
-        measure(tiny().requires_grad_(False), 1)
+    for measured in (measure, reserved):
+        with pytest.raises(ValueError, match="model: expected parameters that require a gradient, got none"):
+            measured(tiny().requires_grad_(False), 1)
+
+
+# --- the caching allocator -----------------------------------------------------------------------------------------------
+
+
+def placed(*sizes: float) -> tuple[CachingAllocator, list[int]]:
+    """An allocator with blocks of these many MiB, one after the other."""
+    allocator = CachingAllocator()
+    return allocator, [allocator.allocate(int(size * MIB)) for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("size", "block", "segment"),
+    [
+        (1, 512, 2 * MIB), (513, 1024, 2 * MIB), (MIB, MIB, 2 * MIB), (MIB + 1, MIB + 512, 20 * MIB),
+        (10 * MIB - 512, 10 * MIB - 512, 20 * MIB), (10 * MIB, 10 * MIB, 10 * MIB), (10 * MIB + 1, 10 * MIB + 512, 12 * MIB),
+    ],
+)  # fmt: skip
+def test_sizes_of_blocks_and_segments(size: int, block: int, segment: int) -> None:
+    allocator = CachingAllocator()
+    allocator.allocate(size)
+    assert (allocator.allocated, allocator.reserved) == (block, segment)
+
+
+def test_small_and_large_blocks_have_segments_of_their_own() -> None:
+    allocator, at = placed(0.5, 4, 0.75, 4)
+    assert allocator.reserved == 22 * MIB and allocator.allocated == 9.25 * MIB
+    assert at == [0, 2 * MIB, MIB // 2, 6 * MIB]
+
+
+def test_a_small_rest_stays_with_its_block() -> None:
+    allocator, (segment,) = placed(20)
+    allocator.free(segment)
+    assert allocator.allocate(19 * MIB) == segment and allocator.allocated == 20 * MIB, "1 MiB is no block of its own"
+    allocator.free(segment)
+    assert allocator.allocate(19 * MIB - 512) == segment and allocator.allocated == 19 * MIB - 512
+    assert allocator.reserved == 20 * MIB
+
+
+def test_the_smallest_block_that_fits_is_taken() -> None:
+    allocator, at = placed(20, 12, 14)
+    for address in at:
+        allocator.free(address)
+    assert allocator.allocate(13 * MIB) == at[2] and allocator.allocate(11 * MIB) == at[1] and allocator.reserved == 46 * MIB
+
+
+def test_neighbours_become_one_block_and_segments_do_not() -> None:
+    allocator, at = placed(5, 5, 5, 5)
+    for i in (0, 2, 1):
+        allocator.free(at[i])
+    assert allocator.allocate(15 * MIB) == at[0] and allocator.reserved == 20 * MIB
+    allocator, at = placed(10, 10)
+    for address in at:
+        allocator.free(address)
+    allocator.allocate(20 * MIB)
+    assert allocator.reserved == 40 * MIB
+
+
+def test_blocks_in_use_never_overlap_and_all_of_them_come_back() -> None:
+    draw, allocator = random.Random(0), CachingAllocator()
+    used: dict[int, int] = {}
+    for _ in range(3000):
+        if used and draw.random() < 0.5:
+            address = draw.choice(list(used))
+            del used[address]
+            allocator.free(address)
+        else:
+            size = int(2 ** draw.uniform(0, 25))
+            used[allocator.allocate(size)] = size
+        ordered = sorted(used.items())
+        assert all(start + size <= after for (start, size), (after, _) in itertools.pairwise(ordered))
+        assert sum(used.values()) <= allocator.allocated <= allocator.reserved
+    reserved = allocator.reserved
+    for address in used:
+        allocator.free(address)
+    assert allocator.allocated == 0
+    # Whole segments again: what asks for one of the size of each gets it from those that are there.
+    segments = [block.size for block in allocator._blocks.values()]
+    assert sum(segments) == reserved and all(block.free for block in allocator._blocks.values())
+    for size in segments:
+        allocator.allocate(size if size > 2 * MIB else MIB)
+    assert allocator.reserved == reserved
+
+
+def reserved(model: nn.Module, batch: int, size: int = 64, **arguments: Any) -> int:
+    device = next(model.parameters()).device
+    images = torch.zeros(batch, 3, size, size, device=device)
+    return reserved_memory(model, images, torch.zeros(batch, dtype=torch.long, device=device), **arguments)
+
+
+def test_reserved_memory_holds_the_tensors_of_all_steps() -> None:
+    for layer in (None, 2):
+        peak, *taken = measure(tiny(layer, "meta"), 512).peak, *(reserved(tiny(layer, "meta"), 512, steps=k) for k in (1, 3, 5))
+        assert peak < taken[0] <= taken[1] == taken[2] < 1.4 * peak, "it settles"
+
+
+def test_reserved_memory_leaves_everything_as_it_was() -> None:
+    model = tiny(2)
+    before, state = {n: p.detach().clone() for n, p in model.named_parameters()}, torch.get_rng_state()
+    assert reserved(model, 2) > 0
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
+    assert torch.equal(torch.get_rng_state(), state) and gc.isenabled()
+
+
+def test_reserved_memory_of_one_layer_by_hand() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 512, 2048, bias=False))
+    # 12 MiB each: the weight, its gradient, AdamW's two moments, and two that its step makes and frees.
+    images, labels = torch.zeros(1, 3, 16, 32), torch.zeros(1, dtype=torch.long)
+    assert reserved_memory(model, images, labels) == 6 * 12 * MIB + 2 * MIB
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_reserved_memory_is_what_the_allocator_says() -> None:
+    for layer in (None, 6):
+        simulated, real = (reserved(vit_base("adaptformer", layer, device), 16, 224) for device in ("meta", "cuda"))
+        assert simulated == pytest.approx(real, rel=0.05)
 
 
 # --- Table 1 -------------------------------------------------------------------------------------------------------------
 
 # Training memory of ViT-B/16 at batch 64 in GB: plain, with FPET. As a public summary of the paper quotes Table 1.
-PUBLISHED = {"adaptformer": (7.6, 6.2), "lora": (8.4, 7.1)}
+PUBLISHED = {"adaptformer": (7.6, 6.2), "bi-adaptformer": (7.6, 6.2), "lora": (8.4, 7.1)}
+PUBLISHED_FULL = 11.9
+# MiB counted here: saved and at the peak, plain and with FPET.
+COUNTED = {
+    "adaptformer": ((5034, 3692), (5659, 4188)), "bi-adaptformer": ((5083, 3730), (5708, 4229)),
+    "lora": ((5818, 4383), (6445, 4881)),
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -182,22 +308,33 @@ def dense_attention() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("method", PUBLISHED)
-def test_ratio_of_table_1(method: str, dense_attention: None) -> None:
-    """Tensors alone shrink by more than was published; with what the plain row holds besides tensors, by as much within 5 %.
-
-    The published gigabytes lie 1.6 to 1.7 above the tensors of the step for full tuning, LoRA and AdaptFormer alike: a CUDA
-    context and an allocator's slack, which merging can't shrink.
-    """
-    plain, merged = (measure(vit_base(method, layer), 64, 224).peak for layer in (None, 6))
+def test_tensors_shrink_by_more_than_table_1_says(method: str, dense_attention: None) -> None:
+    """By 9 to 10 %, and the authors' own code does, too: it keeps as much without merging, and 0.3 % more with it."""
+    plain, merged = (measure(vit_base(method, layer), 64, 224) for layer in (None, 6))
+    saved, peak = COUNTED[method]
+    assert (plain.saved / MIB, merged.saved / MIB) == pytest.approx(saved, rel=1e-3)
+    assert (plain.peak / MIB, merged.peak / MIB) == pytest.approx(peak, rel=1e-3)
     published_plain, published_merged = PUBLISHED[method]
-    assert 0.70 < merged / plain < published_merged / published_plain
-    besides = published_plain - plain / 1e9
-    assert 1.5 < besides < 1.8
-    assert (merged / 1e9 + besides) / published_plain == pytest.approx(published_merged / published_plain, rel=0.05)
+    assert 0.89 < merged.peak / plain.peak / (published_merged / published_plain) < 0.92
 
 
-def vit_base(method: str, layer: int | None) -> nn.Module:
-    with torch.device("meta"):
+@functools.cache
+def room_for_a_context() -> float:
+    """GB that Table 1's row of full tuning, which nothing else here uses, leaves beside the allocator's."""
+    return PUBLISHED_FULL - reserved(vit_base("full", None), 64, 224) / 1e9
+
+
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_table_1_is_what_the_allocator_takes_and_one_context(method: str, dense_attention: None) -> None:
+    assert 1.0 < room_for_a_context() < 1.5
+    plain, merged = (reserved(vit_base(method, layer), 64, 224) / 1e9 + room_for_a_context() for layer in (None, 6))
+    published_plain, published_merged = PUBLISHED[method]
+    assert (plain, merged) == pytest.approx(PUBLISHED[method], rel=0.05)
+    assert merged / plain == pytest.approx(published_merged / published_plain, rel=0.05)
+
+
+def vit_base(method: str, layer: int | None, device: str = "meta") -> nn.Module:
+    with torch.device(device):
         model = timm.create_model("vit_base_patch16_224", num_classes=100, drop_path_rate=0.1)
         fpet.add_adapters(model, method)
         fpet.apply(model, layer, refinement=None if layer is None else True)
