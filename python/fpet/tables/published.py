@@ -19,7 +19,8 @@ class Published(NamedTuple):
 
 
 _PAPER = "the paper"
-# A reading note that quotes Table 1: papernotes.org, CVPR 2025, model compression. Its 13.5 and 17.6 G are the paper's.
+# https://en.papernotes.org/CVPR2025/model_compression/faster_parameter-efficient_tuning_with_token_redundancy_reduction/
+# quotes Table 1. Its 13.5 and 17.6 G are the paper's.
 _NOTE = "Table 1, as quoted by a reading note of the paper on papernotes.org"
 _NO_METHOD = "the tuning method that it was published for is not known here"
 
