@@ -24,7 +24,7 @@ from fpet import cli, tables  # noqa: E402
 from fpet.adapters import METHODS  # noqa: E402
 from fpet.adapters.modules import PETModule  # noqa: E402
 from fpet.config import REDUCTIONS, ConfigError  # noqa: E402
-from fpet.memory import step_memory  # noqa: E402
+from fpet.memory import reserved_memory, step_memory  # noqa: E402
 from fpet.tables import accuracy, measure, published, render  # noqa: E402
 from fpet.tables.measure import Variant  # noqa: E402
 from fpet.tables.published import Published  # noqa: E402
@@ -96,6 +96,10 @@ def test_columns_of_what_was_measured_hold_nothing_published() -> None:
             if heading.endswith(", here"):
                 assert not {f"{value * f:g}" for value in SENTINELS.values() for f in (1, 0.5)} & set(cells)
     assert "Not measured: accuracy %, training GB, tuned M." in render.variant_table([PLAIN, MERGED], quantities, rows)
+
+
+def test_numbers_are_written_out() -> None:
+    assert [render._number(v, "#.3g") for v in (2014.0, 123.4, 0.5, None)] == ["2010", "123", "0.500", "–"]
 
 
 def test_doubts_about_a_published_number_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +206,14 @@ def test_memory_is_that_of_a_real_step() -> None:
         assert found == pytest.approx(real.peak, rel=0.05) and how == "storages alive at once, counted"
 
 
+def test_reserved_memory_is_that_of_real_steps() -> None:
+    for variant in (PLAIN, MERGED):
+        found, how = measure.reserved_bytes(variant, 3, CPU)
+        model = measure.build(measure.backbone("tiny", CPU), variant, training=True)
+        assert found == pytest.approx(reserved_memory(model, *measure.inputs(160, 3, CPU)), rel=0.1)
+        assert found > measure.training_bytes(variant, 3, CPU)[0] and how == "PyTorch's allocator, simulated"
+
+
 def test_memory_of_what_needs_values_is_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
     directly = measure.training_bytes(MERGED, 64, CPU)[0]
 
@@ -256,7 +268,8 @@ def test_every_table_has_the_rows_it_is_about() -> None:
     assert [v.layer for v in rows["5"]] == [None, 2, 4, 6, 8, 10]
     assert [v.layer for v in tables.TABLES["5"].rows("vitl16", methods)] == [None, 4, 8, 12, 16, 20]
     wanted = tables.variants_of(["1", "4"], ["vits16", "deitb16"], methods)
-    assert len(wanted) == 12 and all({"time_ms", "step_ms", "gmac"} <= quantities for quantities in wanted.values())
+    assert len(wanted) == 12 and all({"time_ms", "gmac"} <= quantities for quantities in wanted.values())
+    assert all((v.method != "linear") == ({"step_ms", "reserved_gb"} <= quantities) for v, quantities in wanted.items())
     for variant in (v for several in rows.values() for v in several):
         assert (variant.layer is None) == (variant.reduction in ("none", "tome", "ltmp"))
 

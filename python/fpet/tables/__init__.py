@@ -46,9 +46,10 @@ __all__ = ["QUANTITIES", "TABLES", "Table", "add_arguments", "main", "markdown",
 Row = dict[str, Any]
 PAPER_BATCH = {"time": 256, "memory": 64}
 MEASURES = {
-    "time": ("time_ms",), "step": ("step_ms",), "gmac": ("gmac",), "memory": ("memory_gb",),
+    "time": ("time_ms",), "step": ("step_ms",), "gmac": ("gmac",), "memory": ("memory_gb", "reserved_gb"),
     "parameters": ("parameters_m", "stored_kib"),
 }  # fmt: skip
+COUNTED = {name for measure_name in ("gmac", "memory", "parameters") for name in MEASURES[measure_name]}
 DEFAULT_BUDGET = 120.0
 ONE_LAYER = tuple(name for name in REDUCTIONS if name not in ("none", "tome", "ltmp"))  # the others reduce everywhere
 
@@ -70,6 +71,10 @@ def _merging(model: str, method: str, reduction: str, layer: int | None = None) 
 
 def _methods(model: str, methods: Sequence[str]) -> list[Variant]:
     return [_merging(model, method, reduction) for method in methods for reduction in ("none", "fpet")]
+
+
+def _tuned(model: str, methods: Sequence[str]) -> list[Variant]:
+    return [variant for variant in _methods(model, methods) if _trains(variant)]
 
 
 def _reductions(model: str, methods: Sequence[str]) -> list[Variant]:
@@ -97,7 +102,7 @@ TABLES = {
         "ways to have fewer tokens, with AdaptFormer", ("accuracy", "time_ms", "gmac", "memory_gb"),
         lambda model, methods: _reductions(model, ["adaptformer"]), True,
     ),
-    "4": Table("cost of tuning", ("step_ms", "memory_gb"), _methods, False),
+    "4": Table("cost of tuning", ("step_ms", "memory_gb", "reserved_gb"), _tuned, False),
     "5": Table(
         "where to merge, with AdaptFormer", ("accuracy", "time_ms", "gmac", "memory_gb"),
         lambda model, methods: _layers(model, ["adaptformer"]), False,
@@ -174,6 +179,10 @@ class _Collector:
                 batch = PAPER_BATCH["memory"]
                 found, how = measure.training_bytes(variant, batch, o.device, o.attention, o.amp)
                 measured["memory_gb"], told["memory_gb"] = found / 1e9, {"batch": batch, "how": how}
+            if "reserved_gb" in quantities and _trains(variant):
+                batch = PAPER_BATCH["memory"]
+                found, how = measure.reserved_bytes(variant, batch, o.device, o.attention, o.amp)
+                measured["reserved_gb"], told["reserved_gb"] = found / 1e9, {"batch": batch, "how": how}
             if {"parameters_m", "stored_kib"} & quantities:
                 model = measure.build(measure.backbone(variant.model, torch.device("meta")), variant, training=True)
                 counts = count_parameters(model)
@@ -181,7 +190,7 @@ class _Collector:
                 measured["stored_kib"] = counts.adapter_bytes / 1024
             self.bar.update()
         for variant in wanted:
-            for name in ("gmac", "memory_gb"):
+            for name in ("gmac", "memory_gb", "reserved_gb"):
                 mine, plain = (self.rows[v]["measured"].get(name) for v in (variant, variant.plain))
                 if mine is not None and plain is not None:
                     self.rows[variant]["ratio"][name] = mine / plain
@@ -507,7 +516,7 @@ def _measure(options: argparse.Namespace) -> tuple[list[Row], _Collector]:
     wanted = variants_of(options.tables, options.models, options.methods)
     asked = {name for measure_name in options.measure for name in MEASURES[measure_name]}
     wanted = {variant: quantities & (asked | {"accuracy"}) for variant, quantities in wanted.items()}
-    countable = {v: q for v, q in wanted.items() if q & {"gmac", "memory_gb", "parameters_m", "stored_kib"}}
+    countable = {v: q for v, q in wanted.items() if q & COUNTED}
     timings = [
         (model, quantity, [v for v, q in wanted.items() if v.model == model and quantity in q])
         for model in options.models

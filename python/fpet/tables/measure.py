@@ -22,14 +22,15 @@ import fpet
 from .. import comparators
 from ..adapters.methods import _FOLD
 from ..ltmp import PENALTY
-from ..memory import step_memory
+from ..memory import reserved_memory, step_memory
 
 __all__ = [
     "CLOCKS", "FOLDED", "MODELS", "Backbone", "Variant", "backbone", "build", "complaint", "forward_call", "gmac", "inputs",
-    "quotient", "step_call", "take_turns", "training_bytes",
+    "quotient", "reserved_bytes", "step_call", "take_turns", "training_bytes",
 ]  # fmt: skip
 
 CLASSES = 100  # of CIFAR-100, the first of the VTAB tasks
+DROP_PATH = 0.1  # of the paper's recipe; acts in training alone
 FOLDED = tuple(_FOLD)  # methods that are folded into the backbone before inference is timed
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -89,7 +90,9 @@ def backbone(name: str, device: torch.device, attention: str = "fused") -> nn.Mo
     unreal = device if device.type == "meta" else nullcontext()  # elsewhere weights are drawn on the CPU, the same for all
     with torch.random.fork_rng(devices=[]), unreal:
         torch.manual_seed(0)
-        model: Any = timm.create_model(spec.timm_name, pretrained=False, img_size=spec.image_size, num_classes=CLASSES)
+        model: Any = timm.create_model(
+            spec.timm_name, pretrained=False, img_size=spec.image_size, num_classes=CLASSES, drop_path_rate=DROP_PATH
+        )
     for block in model.blocks:
         block.attn.fused_attn = attention == "fused"
     return model.to(device).eval()
@@ -224,6 +227,21 @@ def training_bytes(
         model = build(backbone(variant.model, device, attention), variant, training=True)
         two, four = (step_memory(model, *inputs(side, count, device), amp=amp).peak for count in (2, 4))
         return two + (batch - 2) * (four - two) // 2, "storages alive at once, counted at 2 and 4 images, extrapolated"
+
+
+def reserved_bytes(
+    variant: Variant, batch: int, device: torch.device, attention: str = "fused", amp: bool = False
+) -> tuple[int, str]:
+    """What PyTorch's caching allocator takes from a GPU for steps of tuning, and how that was found: on CUDA by asking it, of
+    the whole process; elsewhere by simulation, without computing.
+    """
+    side = MODELS[variant.model].image_size
+    if device.type == "cuda":
+        model = build(backbone(variant.model, device, attention), variant, training=True)
+        return reserved_memory(model, *inputs(side, batch, device), amp=amp), "PyTorch's allocator"
+    with _nothing_computed(build(backbone(variant.model, torch.device("meta"), attention), variant, training=True)) as model:
+        images, labels = torch.empty(batch, 3, side, side), torch.empty(batch, dtype=torch.long)
+        return reserved_memory(model, images, labels, amp=amp), "PyTorch's allocator, simulated"
 
 
 def inputs(side: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:

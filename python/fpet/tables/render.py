@@ -30,11 +30,13 @@ QUANTITIES = {
     "step_ms": Quantity("step ms/image", "#.3g", True),
     "gmac": Quantity("GMAC", ".2f", True),
     "memory_gb": Quantity("training GB", ".2f", True),
+    "reserved_gb": Quantity("reserved GB", ".2f", True),
     "parameters_m": Quantity("tuned M", ".3f", False),
     "stored_kib": Quantity("stored KiB", ".1f", False),
 }
 """What is measured: time of inference and of a step of tuning, per image; 10⁹ multiply-adds of the forward of one image;
-10⁹ bytes at the batch of the paper; 10⁶ parameters of the method and the refinement, and what these take to store."""
+10⁹ bytes at the batch of the paper, of tensors and of what the allocator takes from a GPU for them; 10⁶ parameters of the
+method and the refinement, and what these take to store."""
 
 
 def variant_of(row: Row) -> Variant:
@@ -172,7 +174,10 @@ def _tokens(variant: Variant) -> str:
 
 
 def _number(value: float | None, digits: str) -> str:
-    return "–" if value is None else f"{value:{digits}}".removesuffix(".")
+    if value is None:
+        return "–"
+    text = f"{value:{digits}}".removesuffix(".")
+    return f"{float(text):.0f}" if "e+" in text else text
 
 
 def _published(number: Published | None, digits: str) -> str:
