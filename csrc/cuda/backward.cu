@@ -1,5 +1,6 @@
-// Backward. Without a gradient on the key path it is a gather, in one launch. With one: the gather and the preparing of keys side
-// by side, tiles of scores (backward_pairs.cu), from dk̂ to k' and the weights' shares, and the sum of these.
+// Backward. Without a gradient on the key path it is a gather, in one launch. With one, short grids take one launch, too
+// (backward_short.cu); all others the gather and the preparing of keys side by side, tiles of scores (backward_pairs.cu), and from
+// dk̂ to k' and the weights' shares. The shares are summed in a launch of their own.
 #include <iterator>
 #include <vector>
 
@@ -11,96 +12,17 @@ namespace {
 
 // --- dx, dsize, γ' -------------------------------------------------------------------------------------------------------------------
 
-struct SpreadParams {
-  Problem q;
-  BackwardInputs in;
-  void *grad_x, *grad_size, *gamma;  // null where not asked for; γ' is (B, N_B)
-  DType size_dtype;
-  int blocks;  // per image
-  bool aligned;
-};
+constexpr int kSpreadRows = kKeyThreads / kRowLanes;  // per block
 
-constexpr int kSpreadRows = 8;  // per block, one a warp
-
-// One token t, merged into row e: dx_t = size_t G_e / n_e, dsize_t = γ_e + G_e · (x_t − y_e) / n_e; kept ones give γ'_e, too:
-// γ_e − G_e · y_e / n_e. Rows here: kept tokens in merged order, then sources.
 template <class S>
-FPET_DEVICE void spread_row(const SpreadParams& p, int64_t b, int64_t r) {
-  using M = Compute<S>;
-  constexpr int lanes = Lanes<S>::count, span = 32 * lanes;
-  constexpr int groups = 3;  // 16 bytes each
-  const Problem& q = p.q;
-  const View &grad = p.in.grad_tokens, &tokens = p.in.tokens, &sizes = p.in.merged_size, &grad_sizes = p.in.grad_size;
-  const int64_t merged = q.prefix + q.num_b, i = r - merged;
-  const int64_t e = i < 0 ? r : p.in.match[b * q.num_a + i];
-  const int64_t token = i >= 0 ? source_token(q, i) : r < q.prefix ? r : destination_token(q, r - q.prefix);
-  const M n = load_any<M>(sizes, b * sizes.stride[0] + e * sizes.stride[1]);
-  const M size = q.size.data ? load_any<M>(q.size, b * q.size.stride[0] + token * q.size.stride[1]) : M(1);
-  const M ratio = size / n;
-  const bool wants_gamma = p.gamma && r >= q.prefix && i < 0, wants_dots = p.grad_size || wants_gamma;
-  const S* g_row = (const S*)grad.data + b * grad.stride[0] + e * grad.stride[1];
-  const S* y_row = (const S*)tokens.data + b * tokens.stride[0] + e * tokens.stride[1];
-  const S* x_row = (const S*)q.x.data + b * q.x.stride[0] + token * q.x.stride[1];
-  S* out = (S*)p.grad_x + (b * q.tokens + token) * q.dim;
-  M along_y = 0, along_difference = 0;
-  if (p.aligned) {
-    for (int64_t d0 = lane_index() * lanes; d0 < q.dim; d0 += groups * span) {
-      uint4 g[groups], y[groups], x[groups];
-      const auto load = [&](uint4(&raw)[groups], const S* row, bool wanted) {
-#pragma unroll
-        for (int k = 0; k < groups; ++k)
-          raw[k] = wanted && d0 + k * span < q.dim ? load16(row + d0 + k * span) : make_uint4(0, 0, 0, 0);
-      };
-      load(g, g_row, true);
-      load(y, y_row, wants_dots);
-      load(x, x_row, p.grad_size != nullptr);
-#pragma unroll
-      for (int k = 0; k < groups; ++k) {
-        const int64_t d = d0 + k * span;
-        Lanes<S> v = unpack<S>(g[k]);
-        if (wants_dots) {
-          const Lanes<S> y_k = unpack<S>(y[k]), x_k = unpack<S>(x[k]);
-#pragma unroll
-          for (int l = 0; l < lanes; ++l) {
-            along_y += v.v[l] * y_k.v[l];
-            along_difference += v.v[l] * (x_k.v[l] - y_k.v[l]);
-          }
-        }
-        if (!p.grad_x || d >= q.dim) continue;
-#pragma unroll
-        for (int l = 0; l < lanes; ++l) v.v[l] *= ratio;
-        store16_streaming(out + d, repack<S>(v));
-      }
-    }
-  } else {
-    for (int64_t d = lane_index(); d < q.dim; d += 32) {
-      const M g = to_compute(g_row[d * grad.stride[2]]);
-      if (wants_dots) {
-        const M y = to_compute(y_row[d * tokens.stride[2]]);
-        along_y += g * y;
-        if (p.grad_size) along_difference += g * (to_compute(x_row[d * q.x.stride[2]]) - y);
-      }
-      if (p.grad_x) out[d] = from_compute<S>(g * ratio);
-    }
-  }
-  if (!wants_dots) return;
-  along_y = warp_sum(along_y), along_difference = warp_sum(along_difference);
-  if (lane_index()) return;
-  const M own = grad_sizes.data ? load_any<M>(grad_sizes, b * grad_sizes.stride[0] + e * grad_sizes.stride[1]) : M(0);
-  if (p.grad_size) store_any(p.grad_size, p.size_dtype, b * q.tokens + token, own + along_difference / n);
-  if (wants_gamma) ((M*)p.gamma)[b * q.num_b + r - q.prefix] = own - along_y / n;
-}
-
-FPET_DEVICE int64_t spread_index(const SpreadParams& p, int block, int64_t* b) {
-  *b = block / p.blocks;
-  return (block - *b * p.blocks) * kSpreadRows + warp_index();
+FPET_DEVICE void spread_block(const SpreadParams& p, int block) {
+  const int64_t b = block / p.blocks;
+  spread_row<S>(p, b, (block - b * p.blocks) * kSpreadRows + int(threadIdx.x) / kRowLanes, p.q.tokens);
 }
 
 template <class S>
 __global__ void __launch_bounds__(kKeyThreads, 3) spread(const __grid_constant__ SpreadParams p) {
-  int64_t b;
-  const int64_t r = spread_index(p, int(blockIdx.x), &b);
-  if (r < p.q.tokens) spread_row<S>(p, b, r);
+  spread_block<S>(p, int(blockIdx.x));
 }
 
 template <class T>
@@ -113,9 +35,7 @@ struct FirstParams {
 template <class S, class T>
 __global__ void __launch_bounds__(kKeyThreads, 2) spread_and_prepare(const __grid_constant__ FirstParams<T> p) {
   if (int(blockIdx.x) < p.prepare_blocks) return prepare_block(p.prepare, blockIdx.x);
-  int64_t b;
-  const int64_t r = spread_index(p.spread, int(blockIdx.x) - p.prepare_blocks, &b);
-  if (r < p.spread.q.tokens) spread_row<S>(p.spread, b, r);
+  spread_block<S>(p.spread, int(blockIdx.x) - p.prepare_blocks);
 }
 
 // --- from dk̂ to k' and the weights -----------------------------------------------------------------------------------------------------
@@ -360,35 +280,48 @@ CudaStatus launch_first(FirstParams<double> p, cudaStream_t stream) {
   return launch_first<double>(p, stream);
 }
 
+// Bytes of weight gradients that the images of a short grid leave to be summed up.
+size_t share_bytes(const Problem& q, const BackwardOutputs& out) {
+  return out.w_down ? size_t(q.batch * 2 * q.channels * q.hidden) * sizeof(float) : 0;
+}
+
 template <class T>
-CudaStatus run(const Problem& q, const BackwardInputs& in, const BackwardOutputs& out, void* workspace, cudaStream_t stream) {
-  const bool key_path = has_key_path(out);
-  Plan<T> plan(q, out, (char*)workspace);
-  FirstParams<T> first{SpreadParams{}, PrepareParams<T>(q, plan.pairs.keys), 0};
-  first.prepare_blocks = int(q.batch * first.prepare.blocks);
-  SpreadParams& s = first.spread;
+CudaStatus sum_shares(const Problem& q, const BackwardOutputs& out, const T* parts, int64_t pieces, cudaStream_t stream) {
+  if (!out.w_down) return {};
+  const ReduceParams<T> p{parts, out, T(q.scale), pieces, int(q.channels * q.hidden)};
+  return FPET_LAUNCH(sum_weights<T>, dim3(unsigned(ceil_div(2 * p.size, 32))), 256u, 256 * sizeof(T), stream, p);
+}
+
+SpreadParams spread_params(const Problem& q, const BackwardInputs& in, const BackwardOutputs& out) {
+  SpreadParams s{};
   s.q = q;
   s.in = in;
   s.grad_x = out.x;
   s.grad_size = out.size;
   s.size_dtype = out.size_dtype;
-  s.gamma = key_path ? const_cast<void*>(plan.pairs.gamma) : nullptr;
   s.blocks = int(ceil_div(q.tokens, int64_t(kSpreadRows)));
-  const auto rows = [&](const View& v) { return v.stride[2] == 1 && aligned16(v.data, v.dtype, {v.stride[0], v.stride[1]}); };
-  s.aligned = q.dim * size_of(q.x.dtype) % 16 == 0 && rows(in.grad_tokens) && rows(in.tokens) && rows(q.x) &&
+  s.aligned = rows_aligned(in.grad_tokens, q.dim) && rows_aligned(in.tokens, q.dim) && rows_aligned(q.x, q.dim) &&
               aligned16(out.x, q.x.dtype, {q.dim});
-  if (!key_path) return launch_spread(s, stream);
-  CudaStatus status = launch_first(first, stream);
+  return s;
+}
+
+// Of tiles: any problem with a key path.
+template <class T>
+CudaStatus run(SpreadParams s, const BackwardOutputs& out, void* workspace, cudaStream_t stream) {
+  const Problem& q = s.q;
+  Plan<T> plan(q, out, (char*)workspace);
+  s.gamma = const_cast<void*>(plan.pairs.gamma);
+  const PrepareParams<T> prepare(q, plan.pairs.keys);
+  CudaStatus status = launch_first(FirstParams<T>{s, prepare, int(q.batch * prepare.blocks)}, stream);
   if (status.kernel) return status;
-  plan.pairs.in = in;
+  plan.pairs.in = s.in;
   status = pair_gradient(plan.pairs, stream);
   if (status.kernel) return status;
   KeyGradientParams<T> last(plan.pairs, out);
   last.weight_parts = plan.weight_parts;
   status = FPET_LAUNCH(key_gradient<T>, dim3(unsigned(q.batch * last.blocks)), kKeyThreads, last.bytes, stream, last);
-  if (status.kernel || !out.w_down) return status;
-  const ReduceParams<T> reduce{plan.weight_parts, out, T(q.scale), q.batch * last.blocks, int(q.channels * q.hidden)};
-  return FPET_LAUNCH(sum_weights<T>, dim3(unsigned(ceil_div(2 * reduce.size, 32))), 256u, 256 * sizeof(T), stream, reduce);
+  if (status.kernel) return status;
+  return sum_shares(q, out, plan.weight_parts, q.batch * last.blocks, stream);
 }
 
 }  // namespace
@@ -396,8 +329,8 @@ CudaStatus run(const Problem& q, const BackwardInputs& in, const BackwardOutputs
 const char* tiled_refuses(const Problem& q) {
   const size_t shared = q.wide_scores ? KeyTile<double>(q, 2, kListBytes).bytes : KeyTile<float>(q, 2, kListBytes).bytes;
   if (shared > size_t(99) << 10) return "more key channels and hidden units than shared memory holds four rows of";
-  // No kernel has more blocks than the first of the backward: eight tokens each, and four keys at least.
-  if (q.batch * (q.tokens / 8 + q.tokens / 4 + 2) > 0x7fffffff) return "more than 2^31 thread blocks in a launch";
+  // No kernel has more blocks than the first of the backward: 32 tokens each, and four keys at least.
+  if (q.batch * (q.tokens / 32 + q.tokens / 4 + 2) > 0x7fffffff) return "more than 2^31 thread blocks in a launch";
   return nullptr;
 }
 
@@ -417,9 +350,9 @@ KernelList backward_kernels() {
       {"sum_weights<double>", (const void*)sum_weights<double>, 256, 256 * sizeof(double)},
   };
   static const std::vector<KernelEntry> all = [] {
-    const KernelList pairs = pair_gradient_kernels();
     std::vector<KernelEntry> list(std::begin(entries), std::end(entries));
-    list.insert(list.end(), pairs.entries, pairs.entries + pairs.count);
+    for (const KernelList& more : {backward_short_kernels(), pair_gradient_kernels()})
+      list.insert(list.end(), more.entries, more.entries + more.count);
     return list;
   }();
   return {all.data(), int(all.size())};
@@ -429,6 +362,7 @@ KernelList backward_kernels() {
 
 size_t cuda_backward_workspace(const Problem& q, const BackwardOutputs& out) {
   if (!q.batch || !cuda::has_key_path(out)) return 0;
+  if (cuda::backward_short_takes(q)) return cuda::share_bytes(q, out);
   return q.wide_scores ? cuda::Plan<double>(q, out, nullptr).bytes : cuda::Plan<float>(q, out, nullptr).bytes;
 }
 
@@ -442,7 +376,13 @@ CudaStatus cuda_backward(const Problem& q, const BackwardInputs& in, const Backw
     return {};
   }
   if (!out.x && !out.size && !cuda::has_key_path(out)) return {};
-  return q.wide_scores ? cuda::run<double>(q, in, out, workspace, stream) : cuda::run<float>(q, in, out, workspace, stream);
+  const cuda::SpreadParams s = cuda::spread_params(q, in, out);
+  if (!cuda::has_key_path(out)) return cuda::launch_spread(s, stream);
+  if (cuda::backward_short_takes(q)) {  // by shape and dtypes alone, so that an image's bits don't depend on its batch
+    const CudaStatus status = cuda::backward_short(s, out, (float*)workspace, stream);
+    return status.kernel ? status : cuda::sum_shares(q, out, (const float*)workspace, q.batch, stream);
+  }
+  return q.wide_scores ? cuda::run<double>(s, out, workspace, stream) : cuda::run<float>(s, out, workspace, stream);
 }
 
 }  // namespace fpet

@@ -7,6 +7,78 @@
 namespace fpet {
 namespace cuda {
 
+// --- dx, dsize, γ' -------------------------------------------------------------------------------------------------------------------
+
+struct SpreadParams {
+  Problem q;
+  BackwardInputs in;
+  void *grad_x, *grad_size, *gamma;  // null where not asked for; γ' is (B, N_B)
+  DType size_dtype;
+  int blocks;  // per image
+  bool aligned;
+};
+
+// Products along rows of G are summed in one order wherever they are formed: eight lanes take turns at the 16-byte pieces of a row,
+// and their sums are added at the end.
+constexpr int kRowLanes = 8;
+
+// One token t, merged into row e: dx_t = size_t G_e / n_e, dsize_t = γ'_e + G_e · x_t / n_e with γ'_e = γ_e − G_e · y_e / n_e. Rows here:
+// kept tokens in merged order, then sources; eight lanes a row, and all of a warp come, those with rows behind the end, too.
+template <class S>
+FPET_DEVICE void spread_row(const SpreadParams& p, int64_t b, int64_t r, int64_t end) {
+  using M = Compute<S>;
+  constexpr int lanes = Lanes<S>::count, span = kRowLanes * lanes;
+  constexpr int groups = 3;  // pieces under way
+  const Problem& q = p.q;
+  const View &grad = p.in.grad_tokens, &tokens = p.in.tokens, &sizes = p.in.merged_size, &grad_sizes = p.in.grad_size;
+  const bool exists = r < end;
+  r = exists ? r : end - 1;
+  const int64_t merged = q.prefix + q.num_b, i = r - merged;
+  const int64_t e = i < 0 ? r : matched(q, p.in.match[b * q.num_a + i]);
+  const int64_t token = i >= 0 ? source_token(q, i) : r < q.prefix ? r : destination_token(q, r - q.prefix);
+  const M n = load_any<M>(sizes, b * sizes.stride[0] + e * sizes.stride[1]);
+  const M size = q.size.data ? load_any<M>(q.size, b * q.size.stride[0] + token * q.size.stride[1]) : M(1);
+  const M ratio = size / n;
+  const bool wants_gamma = p.gamma && r >= q.prefix && i < 0, wants_dots = p.grad_size || wants_gamma;
+  const S* g_row = (const S*)grad.data + b * grad.stride[0] + e * grad.stride[1];
+  const S* y_row = (const S*)tokens.data + b * tokens.stride[0] + e * tokens.stride[1];
+  const S* x_row = (const S*)q.x.data + b * q.x.stride[0] + token * q.x.stride[1];
+  S* out = (S*)p.grad_x + (b * q.tokens + token) * q.dim;
+  M along_y = 0, along_x = 0;
+  for (int64_t d0 = lane_index() % kRowLanes * lanes; d0 < q.dim; d0 += groups * span) {
+    uint4 g[groups], y[groups], x[groups];
+#pragma unroll
+    for (int k = 0; k < groups; ++k) {
+      g[k] = load_piece(g_row, d0 + k * span, q.dim, grad.stride[2], p.aligned);
+      y[k] = load_piece(y_row, d0 + k * span, q.dim, tokens.stride[2], p.aligned, wants_dots);
+      x[k] = load_piece(x_row, d0 + k * span, q.dim, q.x.stride[2], p.aligned, p.grad_size != nullptr);
+    }
+#pragma unroll
+    for (int k = 0; k < groups; ++k) {
+      Lanes<S> v = unpack<S>(g[k]);
+      if (wants_dots) {
+        add_along(along_y, v, unpack<S>(y[k]));
+        add_along(along_x, v, unpack<S>(x[k]));
+      }
+      if (!p.grad_x || !exists) continue;
+      scale_lanes(v, ratio);
+      store_piece(out, d0 + k * span, q.dim, p.aligned, repack<S>(v));
+    }
+  }
+  along_y = warp_sum<kRowLanes>(along_y), along_x = warp_sum<kRowLanes>(along_x);
+  if (!wants_dots || !exists || lane_index() % kRowLanes) return;
+  const M own = grad_sizes.data ? load_any<M>(grad_sizes, b * grad_sizes.stride[0] + e * grad_sizes.stride[1]) : M(0);
+  const M gamma = own - along_y / n;
+  if (p.grad_size) store_any(p.grad_size, p.size_dtype, b * q.tokens + token, gamma + along_x / n);
+  if (wants_gamma) ((M*)p.gamma)[b * q.num_b + r - q.prefix] = gamma;
+}
+
+inline bool rows_aligned(const View& v, int64_t dim) {
+  return v.stride[2] == 1 && dim * size_of(v.dtype) % 16 == 0 && aligned16(v.data, v.dtype, {v.stride[0], v.stride[1]});
+}
+
+// --- the N_A × N_B work -----------------------------------------------------------------------------------------------------------------
+
 constexpr int kWideTile = 32;  // sources and destinations of a tile in float64
 
 // From the tiles of scores to dk̂, summed up in parts that a small batch can work on at the same time: sources in chunks,
@@ -48,6 +120,11 @@ struct PairParams {
 CudaStatus pair_gradient(PairParams<float>, cudaStream_t);
 CudaStatus pair_gradient(const PairParams<double>&, cudaStream_t);
 KernelList pair_gradient_kernels();
+
+// Short grids in one launch, whatever is asked for of the key path; weight_parts is (B, 2, C h).
+bool backward_short_takes(const Problem&);
+CudaStatus backward_short(const SpreadParams&, const BackwardOutputs&, float* weight_parts, cudaStream_t);
+KernelList backward_short_kernels();
 
 }  // namespace cuda
 }  // namespace fpet

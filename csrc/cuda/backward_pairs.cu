@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) pair_tiles(const __grid_const
   const int j_begin = rest % p.segments * p.segment, j_end = min(num_b, j_begin + p.segment);
   const int64_t image_row = int64_t(b) * (num_a + num_b);
   const int padded = p.keys.padded, parts = p.keys.parts;
-  Ring ring{shared_memory(), p.stages};
+  Ring<> ring{shared_memory(), p.stages};
   char* weights = ring.base + p.stages * kStageBytes;
   PairVectors& v = *(PairVectors*)(weights + kWeightBytes);
   PairLoader<S> fill(p, b, i_begin, i_end, j_begin, j_end);
@@ -385,11 +385,7 @@ __global__ void __launch_bounds__(256) pair_wide(const __grid_constant__ PairPar
 
 CudaStatus pair_gradient(PairParams<float> p, cudaStream_t stream) {
   const Problem& q = p.q;
-  const View& grad = p.in.grad_tokens;
-  p.x_aligned = q.x.stride[2] == 1 && q.dim * size_of(q.x.dtype) % 16 == 0 &&
-                aligned16(q.x.data, q.x.dtype, {q.x.stride[0], q.x.stride[1]});
-  p.grad_aligned = grad.stride[2] == 1 && q.dim * size_of(grad.dtype) % 16 == 0 &&
-                   aligned16(grad.data, grad.dtype, {grad.stride[0], grad.stride[1]});
+  p.x_aligned = rows_aligned(q.x, q.dim), p.grad_aligned = rows_aligned(p.in.grad_tokens, q.dim);
   // As many stages as leave room for two blocks.
   const size_t half = min(limits().shared_per_block, limits().shared_per_multiprocessor / 2 - 1024);
   p.stages = 2;

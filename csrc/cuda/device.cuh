@@ -209,10 +209,52 @@ FPET_DEVICE uint4 repack(const Lanes<S>& a) {
   }
 }
 
+// sum += a · b, one element after the other.
+template <class S>
+FPET_DEVICE void add_along(Compute<S>& sum, const Lanes<S>& a, const Lanes<S>& b) {
+#pragma unroll
+  for (int e = 0; e < Lanes<S>::count; ++e) sum += a.v[e] * b.v[e];
+}
+template <class S>
+FPET_DEVICE void scale_lanes(Lanes<S>& a, Compute<S> factor) {
+#pragma unroll
+  for (int e = 0; e < Lanes<S>::count; ++e) a.v[e] *= factor;
+}
+
 FPET_DEVICE uint4 load16(const void* p) { return __ldg((const uint4*)p); }  // of what no thread of the launch writes
 FPET_DEVICE void store16(void* p, uint4 v) { *(uint4*)p = v; }
 // Past the first-level cache and first to leave the second: results that no kernel soon reads.
 FPET_DEVICE void store16_streaming(void* p, uint4 v) { __stcs((uint4*)p, v); }
+
+// 16 bytes of a row of `length` elements, from element `at` on; zeros behind its end and where it is not valid.
+template <class S>
+FPET_DEVICE uint4 load_piece(const S* row, int64_t at, int64_t length, int64_t stride, bool aligned, bool valid = true) {
+  valid = valid && at < length;
+  if (aligned) return valid ? load16(row + at) : make_uint4(0, 0, 0, 0);
+  constexpr int count = 16 / int(sizeof(S));
+  union {
+    S values[count];
+    uint4 whole;
+  };
+#pragma unroll
+  for (int e = 0; e < count; ++e) values[e] = valid && at + e < length ? row[(at + e) * stride] : S{};
+  return whole;
+}
+// The same way back, to a contiguous row.
+template <class S>
+FPET_DEVICE void store_piece(S* row, int64_t at, int64_t length, bool aligned, uint4 piece) {
+  if (at >= length) return;
+  if (aligned) return store16_streaming(row + at, piece);
+  constexpr int count = 16 / int(sizeof(S));
+  union {
+    uint4 whole;
+    S values[count];
+  };
+  whole = piece;
+#pragma unroll
+  for (int e = 0; e < count; ++e)
+    if (at + e < length) row[at + e] = values[e];
+}
 
 // Whether rows that start at multiples of `strides` elements of `type` from p can be read 16 bytes at a time.
 inline bool aligned16(const void* p, DType type, std::initializer_list<int64_t> strides) {
@@ -283,13 +325,18 @@ FPET_DEVICE int64_t checkerboard_cell(int64_t i, int64_t width, int odd) {
   return (2 * pair + below) * width + col;
 }
 
+// An index that lies on the device, which no host has checked, kept within [low, high).
+FPET_DEVICE int64_t within(int64_t index, int64_t low, int64_t high) { return max(low, min(index, high - 1)); }
+
 // Index in the N tokens of source i and of destination j.
 FPET_DEVICE int64_t source_token(const Problem& p, int64_t i) {
-  return p.prefix + (p.split_b ? p.split_a[i] : checkerboard_cell(i, p.grid_w, 0));
+  return p.prefix + (p.split_b ? within(p.split_a[i], 0, p.tokens - p.prefix) : checkerboard_cell(i, p.grid_w, 0));
 }
 FPET_DEVICE int64_t destination_token(const Problem& p, int64_t j) {
-  return p.prefix + (p.split_b ? p.split_b[j] : checkerboard_cell(j, p.grid_w, 1));
+  return p.prefix + (p.split_b ? within(p.split_b[j], 0, p.tokens - p.prefix) : checkerboard_cell(j, p.grid_w, 1));
 }
+// The merged row that a match names.
+FPET_DEVICE int64_t matched(const Problem& p, int64_t e) { return within(e, p.prefix, p.prefix + p.num_b); }
 
 // --- top two -------------------------------------------------------------------------------------------------------------------------
 

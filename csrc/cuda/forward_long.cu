@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) match_tiles(const __grid_cons
   const int rest = int(blockIdx.x - b * (p.blocks * p.segments)), segment = rest % p.segments;
   const int64_t i0 = int64_t(rest / p.segments) * kTileA, image_row = b * (q.num_a + q.num_b);
   const int64_t j_begin = int64_t(segment) * p.segment, j_end = min(q.num_b, j_begin + p.segment);
-  Ring ring{shared_memory(), p.stages};
+  Ring<> ring{shared_memory(), p.stages};
   float* inverse_b = (float*)(ring.base + p.stages * kStageBytes);    // (128)
   Candidate<float>* found = (Candidate<float>*)(inverse_b + kTileB);  // (4, 64)
   // A thread's top two of each of its rows wait here for the rare score that is better than the second: registers are short.

@@ -293,12 +293,6 @@ FPET_DEVICE void merge_rows(const ShortForward& k, int64_t image, int part) {
   }
 }
 
-// Starts fetching `rows` rows of `bytes` into the second-level cache.
-FPET_DEVICE void prefetch_block(const char* p, int rows, int64_t row_stride, int bytes) {
-  const int lines = ceil_div(bytes, 128);
-  for (int i = int(threadIdx.x); i < rows * lines; i += kThreads) prefetch_l2(p + i / lines * row_stride + 128 * (i % lines));
-}
-
 // S is the type of keys whose products are exact as they are; split, float32 keys and those that something is added to.
 template <class S, bool split, int Q>
 __global__ void __launch_bounds__(kThreads, split&& Q > 2 ? 1 : 2) merge_short(const __grid_constant__ ShortForward k) {

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(256) copy_rows(const __grid_constant__ CopyPar
   const int64_t b = blockIdx.x / p.blocks, merged = q.prefix + q.num_b;
   const int64_t r = (blockIdx.x - b * p.blocks) * kCopyRows + warp_index(), i = r - merged;
   if (r >= q.tokens) return;
-  const int64_t from = i < 0 ? r : p.match[b * q.num_a + i];
+  const int64_t from = i < 0 ? r : within(p.match[b * q.num_a + i], 0, merged);
   const int64_t token = i >= 0 ? source_token(q, i) : r < q.prefix ? r : destination_token(q, r - q.prefix);
   const Word* row = (const Word*)p.input.data + b * p.input.stride[0] + from * p.input.stride[1];
   Word* out = (Word*)p.output + (b * q.tokens + token) * p.words;

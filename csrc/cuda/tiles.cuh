@@ -83,10 +83,9 @@ FPET_DEVICE int warp_column() { return warp_index() % 4 * 32; }
 FPET_DEVICE int tile_row(int m, int half) { return warp_row() + m * 16 + half * 8 + lane_index() / 4; }
 FPET_DEVICE int tile_column(int n) { return warp_column() + n * 8 + lane_index() % 4 * 2; }
 
-// d += left rightᵀ over the 128 bytes of a stage. EXACT: rounded as float32 sums are, not cut off.
+// d += left rightᵀ over the 128 bytes of their rows. EXACT: rounded as float32 sums are, not cut off.
 template <class S, bool EXACT>
-FPET_DEVICE void add_products(Tile& d, const char* stage) {
-  const char *left = stage, *right = stage + kTileA * kRowBytes;
+FPET_DEVICE void add_products(Tile& d, const char* left, const char* right) {
   if constexpr (sizeof(S) == 2) {
 #pragma unroll 1  // the next fragments would not fit
     for (int k = 0; k < 8; k += 2) {
@@ -141,6 +140,11 @@ FPET_DEVICE void add_products(Tile& d, const char* stage) {
   }
 }
 
+template <class S, bool EXACT>
+FPET_DEVICE void add_products(Tile& d, const char* stage) {
+  add_products<S, EXACT>(d, stage, stage + kTileA * kRowBytes);
+}
+
 // --- filling a stage ------------------------------------------------------------------------------------------------------------------------
 
 // 16 bytes a thread: chunk threadIdx.x % 8 of rows threadIdx.x / 8 + 32 r.
@@ -154,16 +158,9 @@ FPET_DEVICE void copy_row_chunk(char* to, const S* row, int at, int length, int6
   valid = valid && at < length;
   if (aligned) {
     copy_async<16>(to, valid ? row + at : row, valid);
-    return;
+  } else {
+    store16(to, load_piece(row, at, length, stride, false, valid));
   }
-  constexpr int count = 16 / int(sizeof(S));
-  union {
-    S values[count];
-    uint4 whole;
-  };
-#pragma unroll
-  for (int e = 0; e < count; ++e) values[e] = valid && at + e < length ? row[(at + e) * stride] : S{};
-  store16(to, whole);
 }
 
 // Products of parts (a, b), smallest first; a key of `parts` parts begins at first_pair(parts).
@@ -194,14 +191,16 @@ FPET_DEVICE void copy_keys(char* stage, const bf16* keys, int parts, int padded,
 
 // A ring of `stages` stages (2 to 4): `next(fill)` waits for the oldest, lets all threads pass, refills the one they have left with
 // fill(stage), and returns the oldest. fill must copy by copy_async or plain stores, and may do nothing.
+template <int stage_bytes = kStageBytes>
 struct Ring {
   char* base;
   int stages, oldest = 0;
 
   template <class Fill>
   FPET_DEVICE void start(Fill&& fill) {
+    oldest = 0;
     for (int s = 0; s + 1 < stages; ++s) {
-      fill(base + s * kStageBytes);
+      fill(base + s * stage_bytes);
       copy_async_commit();
     }
   }
@@ -215,9 +214,9 @@ struct Ring {
       copy_async_wait<2>();
     }
     __syncthreads();
-    fill(base + (oldest ? oldest - 1 : stages - 1) * kStageBytes);
+    fill(base + (oldest ? oldest - 1 : stages - 1) * stage_bytes);
     copy_async_commit();  // also where nothing was left to fill: waiting counts groups
-    const char* stage = base + oldest * kStageBytes;
+    const char* stage = base + oldest * stage_bytes;
     oldest = oldest + 1 == stages ? 0 : oldest + 1;
     return stage;
   }
