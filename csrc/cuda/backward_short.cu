@@ -113,7 +113,8 @@ FPET_DEVICE float2 pair_across(const float* at, int stride) { return make_float2
 // f(row, column, value) for what a lane has of a 16 × 8 tile at (row, column).
 template <class F>
 FPET_DEVICE void each_of_tile(const float (&d)[4], int row, int column, const F& f) {
-  row += lane_index() / 4, column += lane_index() % 4 * 2;
+  const int lane = lane_index_anew();
+  row += lane / 4, column += lane % 4 * 2;
 #pragma unroll
   for (int e = 0; e < 4; ++e) f(row + e / 2 * 8, column + e % 2, d[e]);
 }
@@ -397,7 +398,7 @@ FPET_DEVICE float through_norm(const ShortBackward& p, int at, float grad, float
 // dk' takes the place of k', by bands of sources, then of the destinations.
 FPET_DEVICE void differentiate_keys(const ShortBackward& p, const Tile& ds) {
   RowVectors& v = row_vectors();
-  const int num_a = int(p.s.q.num_a), num_b = int(p.s.q.num_b), w = warp_index();
+  const int num_a = int(p.s.q.num_a), num_b = int(p.s.q.num_b), w = opaque(warp_index());
   float *keys_a = key_rows(p), *keys_b = keys_a + p.rows_a * kKeyStride, *band = in_tail(p, p.down);
   const int row_b = w / 4 * 32, column_b = w % 4 * 16, row_a = w / 8 * 16, column_a = w % 8 * 8;
   float grad_b[2][2][4] = {};
@@ -500,7 +501,7 @@ FPET_DEVICE void write_key_gradients(const ShortBackward& p, int64_t image) {
 FPET_DEVICE void differentiate_weights(const ShortBackward& p, int64_t image) {
   const Problem& q = p.s.q;
   const BackwardOutputs& out = p.out;
-  const int rows = p.rows_a + p.rows_b, w = warp_index(), stride = p.unit_stride;
+  const int rows = p.rows_a + p.rows_b, w = opaque(warp_index()), stride = p.unit_stride;
   const int across_units = p.hidden / 8, across_keys = p.channels / 8;
   float *mean = in_tail(p, p.pool), *units = mean + p.chunk * kKeyStride;
   float* grad_units = (float*)row_vectors().target;  // but for the tokens, the vectors have been read

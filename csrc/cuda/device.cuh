@@ -226,34 +226,46 @@ FPET_DEVICE void store16(void* p, uint4 v) { *(uint4*)p = v; }
 // Past the first-level cache and first to leave the second: results that no kernel soon reads.
 FPET_DEVICE void store16_streaming(void* p, uint4 v) { __stcs((uint4*)p, v); }
 
+// Moves 16 bytes down by an element, lets `v` in at the top, and returns the one at the bottom: what loops over elements without
+// unrolling them, which makes small code of a rare way.
+template <class S>
+FPET_DEVICE S shift_in(uint4& piece, S v) {
+  union {
+    S value;
+    uint32_t word[sizeof(S) == 8 ? 2 : 1];
+  } in{v}, out{};
+  if constexpr (sizeof(S) == 8) {
+    out.word[0] = piece.x, out.word[1] = piece.y;
+    piece = make_uint4(piece.z, piece.w, in.word[0], in.word[1]);
+  } else if constexpr (sizeof(S) == 4) {
+    out.word[0] = piece.x;
+    piece = make_uint4(piece.y, piece.z, piece.w, in.word[0]);
+  } else {
+    out.word[0] = piece.x & 0xffffu;
+    piece = make_uint4(piece.x >> 16 | piece.y << 16, piece.y >> 16 | piece.z << 16, piece.z >> 16 | piece.w << 16,
+                       piece.w >> 16 | in.word[0] << 16);
+  }
+  return out.value;
+}
+
 // 16 bytes of a row of `length` elements, from element `at` on; zeros behind its end and where it is not valid.
 template <class S>
 FPET_DEVICE uint4 load_piece(const S* row, int64_t at, int64_t length, int64_t stride, bool aligned, bool valid = true) {
   valid = valid && at < length;
-  if (aligned) return valid ? load16(row + at) : make_uint4(0, 0, 0, 0);
-  constexpr int count = 16 / int(sizeof(S));
-  union {
-    S values[count];
-    uint4 whole;
-  };
-#pragma unroll
-  for (int e = 0; e < count; ++e) values[e] = valid && at + e < length ? row[(at + e) * stride] : S{};
-  return whole;
+  if (aligned && valid) return load16(row + at);
+  uint4 piece = make_uint4(0, 0, 0, 0);
+  if (!valid) return piece;
+#pragma unroll 1
+  for (int e = 0; e < 16 / int(sizeof(S)); ++e) shift_in(piece, at + e < length ? row[(at + e) * stride] : S{});
+  return piece;
 }
 // The same way back, to a contiguous row.
 template <class S>
 FPET_DEVICE void store_piece(S* row, int64_t at, int64_t length, bool aligned, uint4 piece) {
   if (at >= length) return;
   if (aligned) return store16_streaming(row + at, piece);
-  constexpr int count = 16 / int(sizeof(S));
-  union {
-    uint4 whole;
-    S values[count];
-  };
-  whole = piece;
-#pragma unroll
-  for (int e = 0; e < count; ++e)
-    if (at + e < length) row[at + e] = values[e];
+#pragma unroll 1
+  for (int64_t e = at; e < min(length, at + 16 / int64_t(sizeof(S))); ++e) row[e] = shift_in(piece, S{});
 }
 
 // Whether rows that start at multiples of `strides` elements of `type` from p can be read 16 bytes at a time.

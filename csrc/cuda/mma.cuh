@@ -251,7 +251,7 @@ FPET_DEVICE TwoParts two_parts(float v, bool whole) {
 // k + 1; depth is a multiple of 8. `short_factors`: they are tf32 as they are.
 template <int M, int N, class A, class B>
 FPET_DEVICE void multiply_wide(float (&d)[M][N][4], int depth, bool short_factors, const A& a, const B& b) {
-  const int g = lane_index() >> 2, t = lane_index() & 3;
+  const int lane = lane_index_anew(), g = lane >> 2, t = lane & 3;
 #pragma unroll 1
   for (int k = 2 * t; k < depth + 2 * t; k += 8) {
     TwoParts left[M][4];  // the units' columns t and t + 4 stand for k and k + 1, on both sides
