@@ -1,6 +1,6 @@
 // Backward. Without a gradient on the key path it is a gather, in one launch. With one, short grids take one launch, too
-// (backward_short.cu); all others the gather and the preparing of keys side by side, tiles of scores (backward_pairs.cu), and from
-// dk̂ to k' and the weights' shares. The shares are summed in a launch of their own.
+// (backward_short.cu); all others the gather, the preparing of keys, tiles of scores (backward_pairs.cu), and from dk̂ to k' and the
+// weights' shares. The shares are summed in a launch of their own.
 #include <iterator>
 #include <vector>
 
@@ -15,27 +15,9 @@ namespace {
 constexpr int kSpreadRows = kKeyThreads / kRowLanes;  // per block
 
 template <class S>
-FPET_DEVICE void spread_block(const SpreadParams& p, int block) {
-  const int64_t b = block / p.blocks;
-  spread_row<S>(p, b, (block - b * p.blocks) * kSpreadRows + int(threadIdx.x) / kRowLanes, p.q.tokens);
-}
-
-template <class S>
 __global__ void __launch_bounds__(kKeyThreads, 3) spread(const __grid_constant__ SpreadParams p) {
-  spread_block<S>(p, int(blockIdx.x));
-}
-
-template <class T>
-struct FirstParams {
-  SpreadParams spread;
-  PrepareParams<T> prepare;
-  int prepare_blocks;  // of all images; they come first
-};
-
-template <class S, class T>
-__global__ void __launch_bounds__(kKeyThreads, 2) spread_and_prepare(const __grid_constant__ FirstParams<T> p) {
-  if (int(blockIdx.x) < p.prepare_blocks) return prepare_block(p.prepare, blockIdx.x);
-  spread_block<S>(p.spread, int(blockIdx.x) - p.prepare_blocks);
+  const int64_t b = blockIdx.x / p.blocks;
+  spread_row<S>(p, b, (blockIdx.x - b * p.blocks) * kSpreadRows + int(threadIdx.x) / kRowLanes, p.q.tokens);
 }
 
 // --- from dk̂ to k' and the weights -----------------------------------------------------------------------------------------------------
@@ -68,7 +50,7 @@ KeyGradientParams<T>::KeyGradientParams(const PairParams<T>& pair_params, const 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kKeyThreads) key_gradient(const __grid_constant__ KeyGradientParams<T> p) {
+__global__ void __launch_bounds__(kKeyThreads, 2) key_gradient(const __grid_constant__ KeyGradientParams<T> p) {
   const PairParams<T>& pairs = p.pairs;
   const PreparedKeys<T>& keys = pairs.keys;
   const Problem& q = pairs.q;
@@ -111,8 +93,10 @@ __global__ void __launch_bounds__(kKeyThreads) key_gradient(const __grid_constan
           for (int s = 0; s < pairs.segments; ++s) sum += pairs.part_a[((b * pairs.segments + s) * q.num_a + row) * padded + c];
           grad[r * p.ld_key + c] = sum;
         }
-        for (int k = 0; k < (pairs.whole_rows ? 0 : 2); ++k) {
-          const int64_t to = image_row + q.num_a + targets[k][row] - q.prefix;
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          if (pairs.whole_rows) break;
+          const int64_t to = image_row + q.num_a + matched(q, targets[k][row]) - q.prefix;
           const T taken = share(row) * keys.inverse(to);
           for (int c = lane_index(); c < channels; c += 32) grad[r * p.ld_key + c] -= taken * keys.at(to, c);
         }
@@ -247,12 +231,6 @@ struct Plan {
   }
 };
 
-template <class S, class T>
-CudaStatus launch_first(const FirstParams<T>& p, cudaStream_t stream) {
-  const dim3 grid(unsigned(p.prepare_blocks + p.spread.q.batch * p.spread.blocks));
-  return FPET_LAUNCH((spread_and_prepare<S, T>), grid, kKeyThreads, p.prepare.bytes, stream, p);
-}
-
 CudaStatus launch_spread(const SpreadParams& p, cudaStream_t stream) {
   const dim3 grid(unsigned(p.q.batch * p.blocks));
   switch (p.q.x.dtype) {
@@ -261,23 +239,6 @@ CudaStatus launch_spread(const SpreadParams& p, cudaStream_t stream) {
     case DType::f16: return FPET_LAUNCH(spread<f16>, grid, kKeyThreads, size_t(0), stream, p);
     default: return FPET_LAUNCH(spread<float>, grid, kKeyThreads, size_t(0), stream, p);
   }
-}
-
-CudaStatus launch_first(const FirstParams<float>& p, cudaStream_t stream) {
-  switch (p.spread.q.x.dtype) {
-    case DType::bf16: return launch_first<bf16>(p, stream);
-    case DType::f16: return launch_first<f16>(p, stream);
-    default: return launch_first<float>(p, stream);
-  }
-}
-
-CudaStatus launch_first(FirstParams<double> p, cudaStream_t stream) {
-  if (p.spread.q.x.dtype != DType::f64) {  // x in fewer bits than the scores: too rare for kernels of its own
-    const CudaStatus status = launch_spread(p.spread, stream);
-    if (status.kernel) return status;
-    p.spread.blocks = 0;
-  }
-  return launch_first<double>(p, stream);
 }
 
 // Bytes of weight gradients that the images of a short grid leave to be summed up.
@@ -311,8 +272,9 @@ CudaStatus run(SpreadParams s, const BackwardOutputs& out, void* workspace, cuda
   const Problem& q = s.q;
   Plan<T> plan(q, out, (char*)workspace);
   s.gamma = const_cast<void*>(plan.pairs.gamma);
-  const PrepareParams<T> prepare(q, plan.pairs.keys);
-  CudaStatus status = launch_first(FirstParams<T>{s, prepare, int(q.batch * prepare.blocks)}, stream);
+  CudaStatus status = launch_spread(s, stream);
+  if (status.kernel) return status;
+  status = launch_prepare_keys(PrepareParams<T>(q, plan.pairs.keys), stream);
   if (status.kernel) return status;
   plan.pairs.in = s.in;
   status = pair_gradient(plan.pairs, stream);
@@ -329,8 +291,8 @@ CudaStatus run(SpreadParams s, const BackwardOutputs& out, void* workspace, cuda
 const char* tiled_refuses(const Problem& q) {
   const size_t shared = q.wide_scores ? KeyTile<double>(q, 2, kListBytes).bytes : KeyTile<float>(q, 2, kListBytes).bytes;
   if (shared > size_t(99) << 10) return "more key channels and hidden units than shared memory holds four rows of";
-  // No kernel has more blocks than the first of the backward: 32 tokens each, and four keys at least.
-  if (q.batch * (q.tokens / 32 + q.tokens / 4 + 2) > 0x7fffffff) return "more than 2^31 thread blocks in a launch";
+  // No kernel has more blocks than the one that prepares keys, four at least in each.
+  if (q.batch * (q.tokens / 4 + 1) > 0x7fffffff) return "more than 2^31 thread blocks in a launch";
   return nullptr;
 }
 
@@ -340,10 +302,6 @@ KernelList backward_kernels() {
       {"spread<double>", (const void*)spread<double>, kKeyThreads, 0},
       {"spread<bf16>", (const void*)spread<bf16>, kKeyThreads, 0},
       {"spread<f16>", (const void*)spread<f16>, kKeyThreads, 0},
-      {"spread_and_prepare<float, float>", (const void*)spread_and_prepare<float, float>, kKeyThreads, 26 << 10},
-      {"spread_and_prepare<bf16, float>", (const void*)spread_and_prepare<bf16, float>, kKeyThreads, 26 << 10},
-      {"spread_and_prepare<f16, float>", (const void*)spread_and_prepare<f16, float>, kKeyThreads, 26 << 10},
-      {"spread_and_prepare<double, double>", (const void*)spread_and_prepare<double, double>, kKeyThreads, 52 << 10},
       {"key_gradient<float>", (const void*)key_gradient<float>, kKeyThreads, 64 << 10},
       {"key_gradient<double>", (const void*)key_gradient<double>, kKeyThreads, 64 << 10},
       {"sum_weights<float>", (const void*)sum_weights<float>, 256, 256 * sizeof(float)},

@@ -33,12 +33,12 @@ template <class S>
 struct PairLoader {
   static constexpr int kDepth = kRowBytes / int(sizeof(S));
   const PairParams<float>& p;
-  int b, i0, j0, i_end, j_begin, j_end;
+  int i0, j0, i_end, j_begin, j_end;
   int phase = 0, pair = 0, first = 0;  // `first` column of x, or channel of a key
   int token[kTileA / 32];
 
-  FPET_DEVICE PairLoader(const PairParams<float>& params, int image, int i_begin, int i_stop, int j_start, int j_stop)
-      : p(params), b(image), i0(i_begin), j0(j_start), i_end(i_stop), j_begin(j_start), j_end(j_stop) {
+  FPET_DEVICE PairLoader(const PairParams<float>& params, int i_begin, int i_stop, int j_start, int j_stop)
+      : p(params), i0(i_begin), j0(j_start), i_end(i_stop), j_begin(j_start), j_end(j_stop) {
     find_tokens();
   }
   FPET_DEVICE void find_tokens() {
@@ -53,6 +53,7 @@ struct PairLoader {
     if (i0 >= i_end) return;
     const Problem& q = p.q;
     const PreparedKeys<float>& keys = p.keys;
+    const int64_t b = opaque(int(blockIdx.x)) / (p.chunks * p.segments);
     if (phase == 0) {
       const int at = first + copy_chunk() * (16 / int(sizeof(S)));
       const S* x = (const S*)q.x.data + b * q.x.stride[0];
@@ -72,7 +73,7 @@ struct PairLoader {
       return;
     }
     const bool scores = phase == 1;
-    copy_keys(stage, keys.part, keys.parts, keys.padded, int64_t(b) * (q.num_a + q.num_b), q.num_a, q.num_b, i0, j0, first,
+    copy_keys(stage, keys.part, keys.parts, keys.padded, b * (q.num_a + q.num_b), q.num_a, q.num_b, i0, j0, first,
               scores ? pair_left(pair) : pair, scores ? pair_right(pair) : pair);
     if (scores ? ++pair < kPairs : --pair >= 0) return;
     pair = scores ? first_pair(keys.parts) : keys.parts - 1;
@@ -94,7 +95,7 @@ struct PairLoader {
 
 // Writes the parts of ds' for others to multiply.
 FPET_DEVICE void write_weights(char* weights, const Tile& ds) {
-  const int l = opaque(lane_index());
+  const int l = opaque(lane_index()), w = opaque(warp_index()), row = w / 4 * 32, column = w % 4 * 32;
 #pragma unroll
   for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -102,8 +103,8 @@ FPET_DEVICE void write_weights(char* weights, const Tile& ds) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const Three three = split_three(ds[m][n][2 * half], ds[m][n][2 * half + 1]);
-        char* panel = weights + warp_column() / 64 * (kTileA * kRowBytes) + (warp_row() + m * 16 + half * 8) * kRowBytes;
-        char* at = panel + (turned(l / 4, 0) ^ (warp_column() % 64 / 8 + n) << 4) + l % 4 * 4;
+        char* panel = weights + column / 64 * (kTileA * kRowBytes) + (row + m * 16 + half * 8) * kRowBytes;
+        char* at = panel + (turned(l / 4, 0) ^ (column % 64 / 8 + n) << 4) + l % 4 * 4;
 #pragma unroll
         for (int i = 0; i < 3; ++i) *(uint32_t*)(at + i * kPartBytes) = three.part[i];
       }
@@ -156,35 +157,35 @@ template <class S>
 __global__ void __launch_bounds__(kTileThreads, 2) pair_tiles(const __grid_constant__ PairParams<float> p) {
   const Problem& q = p.q;
   const int per_image = p.chunks * p.segments;
-  const int b = int(blockIdx.x) / per_image, rest = int(blockIdx.x) % per_image;
+  const int rest = int(blockIdx.x) % per_image;
   const int num_a = int(q.num_a), num_b = int(q.num_b);
   const int i_begin = rest / p.segments * p.chunk, i_end = min(num_a, i_begin + p.chunk);
   const int j_begin = rest % p.segments * p.segment, j_end = min(num_b, j_begin + p.segment);
-  const int64_t image_row = int64_t(b) * (num_a + num_b);
   const int padded = p.keys.padded, parts = p.keys.parts;
   Ring<> ring{shared_memory(), p.stages};
   char* weights = ring.base + p.stages * kStageBytes;
   PairVectors& v = *(PairVectors*)(weights + kWeightBytes);
-  PairLoader<S> fill(p, b, i_begin, i_end, j_begin, j_end);
+  PairLoader<S> fill(p, i_begin, i_end, j_begin, j_end);
   ring.start(fill);
 
   for (int i0 = i_begin; i0 < i_end; i0 += kTileA)
     for (int j0 = j_begin; j0 < j_end; j0 += kTileB) {
       __syncthreads();  // the last tile has read these
+      const int64_t b = opaque(int(blockIdx.x)) / per_image, image_row = b * (num_a + num_b);
       for (int c = int(threadIdx.x); c < kTileB; c += kTileThreads) {
         const int j = j0 + c;
         const bool exists = j < j_end;
         const View& n = p.in.merged_size;
         v.inverse_n[c] = exists ? 1.f / load_any<float>(n, b * n.stride[0] + (q.prefix + j) * n.stride[1]) : 0.f;
-        v.gamma[c] = exists ? ((const float*)p.gamma)[int64_t(b) * num_b + j] : 0.f;
+        v.gamma[c] = exists ? ((const float*)p.gamma)[b * num_b + j] : 0.f;
         v.inverse_b[c] = exists ? p.keys.inverse(image_row + q.num_a + j) : 0.f;
       }
       for (int r = int(threadIdx.x) - kTileB; r >= 0 && r < kTileA; r += kTileThreads) {
         const int i = i0 + r;
         const bool exists = i < i_end;
-        v.best[r] = exists ? int(p.in.match[int64_t(b) * num_a + i] - q.prefix) - j0 : -1;
-        v.second[r] = exists ? int(p.in.second[int64_t(b) * num_a + i] - q.prefix) - j0 : -1;
-        v.mid[r] = exists ? ((const float*)p.in.mid)[int64_t(b) * num_a + i] : 0.f;
+        v.best[r] = exists ? int(p.in.match[b * num_a + i] - q.prefix) - j0 : -1;
+        v.second[r] = exists ? int(p.in.second[b * num_a + i] - q.prefix) - j0 : -1;
+        v.mid[r] = exists ? ((const float*)p.in.mid)[b * num_a + i] : 0.f;
         v.inverse_a[r] = exists ? p.keys.inverse(image_row + i) : 0.f;
         v.size[r] = !exists        ? 0.f
                     : !q.size.data ? 1.f
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) pair_tiles(const __grid_const
       Tile grad = {};  // G_j · x_i
       for (int d = 0; d < int(q.dim); d += PairLoader<S>::kDepth) add_products<S, false>(grad, ring.next(fill));
       // Out of the registers until scores are there; where the parts of the last ds' were, which all have read.
-      float* own = (float*)weights + threadIdx.x;
+      float* own = (float*)weights + opaque(int(threadIdx.x));
 #pragma unroll
       for (int e = 0; e < 32; ++e) own[e * kTileThreads] = grad[e / 16][e / 4 % 4][e % 4];
       Tile scores = {};
@@ -206,14 +207,14 @@ __global__ void __launch_bounds__(kTileThreads, 2) pair_tiles(const __grid_const
       for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = opaque(tile_row(m, half));
+          const int row = opaque(tile_row(m, half)), left = opaque(tile_column(0));
           const float mid = v.mid[row], size = v.size[row], inverse_a = v.inverse_a[row];
           float sum = 0.f;
 #pragma unroll
           for (int n = 0; n < 4; ++n)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-              const int column = tile_column(n) + e;
+              const int column = left + n * 8 + e;
               const float scale = inverse_a * v.inverse_b[column];
               const float g = own[(m * 16 + n * 4 + 2 * half + e) * kTileThreads];
               const float grad_match = (g * v.inverse_n[column] + v.gamma[column]) * size;
@@ -226,11 +227,11 @@ __global__ void __launch_bounds__(kTileThreads, 2) pair_tiles(const __grid_const
           row_sum[m][half] = warp_sum<4>(sum);
         }
       __syncthreads();  // sums lie where other warps may still have read
-      if (lane_index() % 4 == 0)
+      if (opaque(lane_index()) % 4 == 0)
 #pragma unroll
         for (int m = 0; m < 2; ++m)
 #pragma unroll
-          for (int half = 0; half < 2; ++half) v.sums[warp_index() % 4][opaque(tile_row(m, half))] = row_sum[m][half];
+          for (int half = 0; half < 2; ++half) v.sums[opaque(warp_index()) % 4][opaque(tile_row(m, half))] = row_sum[m][half];
       if (p.whole_rows) {  // what the mean of the two best takes from each of them
         __syncthreads();
         const int left = opaque(tile_column(0));
@@ -276,13 +277,14 @@ __global__ void __launch_bounds__(kTileThreads, 2) pair_tiles(const __grid_const
             if (j < j_end)
 #pragma unroll
               for (int n = 0; n < 4; ++n)
-                add_pair(to_b + n * 8, sums.b[m][n][2 * half], sums.b[m][n][2 * half + 1], i0 == i_begin);
+                add_pair(to_b + n * 8, sums.b[m][n][2 * half], sums.b[m][n][2 * half + 1], i0 % p.chunk == 0);
           }
       }
       // A barrier of the ring lies between this and the sums of the warps.
       const int row = int(threadIdx.x);
       if (!p.whole_rows && row < kTileA && i0 + row < i_end) {
-        float* to = p.sums + int64_t(b * p.segments + rest % p.segments) * num_a + i0 + row;
+        const int block = opaque(int(blockIdx.x));
+        float* to = p.sums + (int64_t(block / per_image) * p.segments + block % p.segments) * num_a + i0 + row;
         *to = j0 == j_begin ? row_total(v, row) : *to + row_total(v, row);
       }
     }
@@ -294,7 +296,7 @@ constexpr int kDepth = 16, kPad = kDepth + 1;
 constexpr size_t kWideShared = (2 * kWideTile * kPad + kWideTile * (kWideTile + 1)) * sizeof(double);
 
 // The same in float64 multiply-adds: tiles of 32 × 32, 2 × 2 a thread.
-__global__ void __launch_bounds__(256) pair_wide(const __grid_constant__ PairParams<double> p) {
+__global__ void __launch_bounds__(256, 2) pair_wide(const __grid_constant__ PairParams<double> p) {
   const Problem& q = p.q;
   const int per_image = p.chunks * p.segments, padded = p.keys.padded;
   const int64_t b = blockIdx.x / per_image;

@@ -9,9 +9,50 @@ namespace fpet {
 namespace cuda {
 namespace {
 
+// --- preparing ---------------------------------------------------------------------------------------------------------------------------
+
+// k' = mean key + scale · units W_upᵀ + delta, and its norm, of one block of rows.
 template <class T>
 __global__ void __launch_bounds__(kKeyThreads, 2) prepare_keys(const __grid_constant__ PrepareParams<T> p) {
-  prepare_block(p, blockIdx.x);
+  const Problem& q = p.q;
+  const int64_t b = blockIdx.x / p.blocks, all = q.num_a + q.num_b, first = (blockIdx.x - b * p.blocks) * p.rows;
+  const int rows = int(min(int64_t(p.rows), all - first)), channels = int(q.channels);
+  int64_t* tokens = (int64_t*)shared_memory();
+  T* stage = (T*)(tokens + p.rows);
+  T* key = stage + (q.hidden ? kProductDepth * kProductTile : 0);
+  T* units = key + p.rows * p.ld_key;
+  for (int r = int(threadIdx.x); r < rows; r += kKeyThreads) tokens[r] = row_token(q, first + r);
+  __syncthreads();
+  load_mean_keys(q, p.aligned, b, tokens, rows, key, p.ld_key);
+  if (q.hidden) {
+    const View& up = q.w_up;
+    __syncthreads();
+    block_units(q, b, tokens, rows, key, p.ld_key, stage, units, p.ld_hidden);
+    block_product<T>(
+        rows, channels, int(q.hidden), stage, [&](int r, int h) { return units[r * p.ld_hidden + h]; },
+        [&](int h, int c) { return load_any<T>(up, c * up.stride[0] + h * up.stride[1]); },
+        [&](int r, int c, T v) { key[r * p.ld_key + c] += v * T(q.scale); });
+  }
+  __syncthreads();
+  const View& delta = q.key_delta;
+  for (int r = warp_index(); r < rows; r += kKeyThreads / 32) {
+    const int64_t row = b * all + first + r, offset = b * delta.stride[0] + tokens[r] * delta.stride[1];
+    T squares = 0;
+    for (int c = lane_index(); c < p.keys.padded; c += 32) {
+      T v = c < channels ? key[r * p.ld_key + c] : T(0);
+      if (delta.data && c < channels) v += load_any<T>(delta, offset + c * delta.stride[2]);
+      squares += v * v;
+      p.keys.put(row, c, v);
+    }
+    if (!q.cosine) continue;
+    squares = warp_sum(squares);
+    if (lane_index() == 0) p.keys.norm[row] = sqrt(squares);
+  }
+}
+
+template <class T>
+CudaStatus launch_prepare(const PrepareParams<T>& p, cudaStream_t stream) {
+  return FPET_LAUNCH(prepare_keys<T>, dim3(unsigned(p.q.batch * p.blocks)), kKeyThreads, p.bytes, stream, p);
 }
 
 // --- matching ------------------------------------------------------------------------------------------------------------------------
@@ -327,8 +368,7 @@ CudaStatus match_all(const Problem& q, const ForwardOutputs& out, void* workspac
   p.second = out.second;
   p.mid = (T*)out.mid;
   const PrepareParams<T> prepare(q, p.keys);
-  CudaStatus status =
-      FPET_LAUNCH(prepare_keys<T>, dim3(unsigned(q.batch * prepare.blocks)), kKeyThreads, prepare.bytes, stream, prepare);
+  CudaStatus status = launch_prepare_keys(prepare, stream);
   if (status.kernel) return status;
   const dim3 grid(unsigned(q.batch * p.blocks * p.segments));
   if constexpr (sizeof(T) == 8) {
@@ -342,6 +382,9 @@ CudaStatus match_all(const Problem& q, const ForwardOutputs& out, void* workspac
 }
 
 }  // namespace
+
+CudaStatus launch_prepare_keys(const PrepareParams<float>& p, cudaStream_t stream) { return launch_prepare(p, stream); }
+CudaStatus launch_prepare_keys(const PrepareParams<double>& p, cudaStream_t stream) { return launch_prepare(p, stream); }
 
 CudaStatus launch_merge_lists(MergeParams p, cudaStream_t stream) {
   const Problem& q = p.q;

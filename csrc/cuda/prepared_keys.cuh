@@ -228,44 +228,9 @@ struct PrepareParams {
   }
 };
 
-// k' = mean key + scale · units W_upᵀ + delta, and its norm, of one block of rows.
-template <class T>
-FPET_DEVICE void prepare_block(const PrepareParams<T>& p, int64_t index) {
-  const Problem& q = p.q;
-  const int64_t b = index / p.blocks, all = q.num_a + q.num_b, first = (index - b * p.blocks) * p.rows;
-  const int rows = int(min(int64_t(p.rows), all - first)), channels = int(q.channels);
-  int64_t* tokens = (int64_t*)shared_memory();
-  T* stage = (T*)(tokens + p.rows);
-  T* key = stage + (q.hidden ? kProductDepth * kProductTile : 0);
-  T* units = key + p.rows * p.ld_key;
-  for (int r = int(threadIdx.x); r < rows; r += kKeyThreads) tokens[r] = row_token(q, first + r);
-  __syncthreads();
-  load_mean_keys(q, p.aligned, b, tokens, rows, key, p.ld_key);
-  if (q.hidden) {
-    const View& up = q.w_up;
-    __syncthreads();
-    block_units(q, b, tokens, rows, key, p.ld_key, stage, units, p.ld_hidden);
-    block_product<T>(
-        rows, channels, int(q.hidden), stage, [&](int r, int h) { return units[r * p.ld_hidden + h]; },
-        [&](int h, int c) { return load_any<T>(up, c * up.stride[0] + h * up.stride[1]); },
-        [&](int r, int c, T v) { key[r * p.ld_key + c] += v * T(q.scale); });
-  }
-  __syncthreads();
-  const View& delta = q.key_delta;
-  for (int r = warp_index(); r < rows; r += kKeyThreads / 32) {
-    const int64_t row = b * all + first + r, offset = b * delta.stride[0] + tokens[r] * delta.stride[1];
-    T squares = 0;
-    for (int c = lane_index(); c < p.keys.padded; c += 32) {
-      T v = c < channels ? key[r * p.ld_key + c] : T(0);
-      if (delta.data && c < channels) v += load_any<T>(delta, offset + c * delta.stride[2]);
-      squares += v * v;
-      p.keys.put(row, c, v);
-    }
-    if (!q.cosine) continue;
-    squares = warp_sum(squares);
-    if (lane_index() == 0) p.keys.norm[row] = sqrt(squares);
-  }
-}
+// In forward_long.cu.
+CudaStatus launch_prepare_keys(const PrepareParams<float>&, cudaStream_t);
+CudaStatus launch_prepare_keys(const PrepareParams<double>&, cudaStream_t);
 
 // --- who merged into a few rows --------------------------------------------------------------------------------------------------------
 

@@ -159,7 +159,9 @@ FPET_DEVICE void copy_row_chunk(char* to, const S* row, int at, int length, int6
   if (aligned) {
     copy_async<16>(to, valid ? row + at : row, valid);
   } else {
-    store16(to, load_piece(row, at, length, stride, false, valid));
+    row += at * stride;
+#pragma unroll 1
+    for (int e = 0; e < 16 / int(sizeof(S)); ++e, row += stride) ((S*)to)[e] = valid && at + e < length ? *row : S{};
   }
 }
 
