@@ -40,6 +40,24 @@ def test_long_grids_and_wide_keys(grid, channels, cuda, device):
         check(full_problem(grid=grid, batch=1, dim=24, channels=channels, dtype=dtype, device=device), cuda)
 
 
+SHORT = {
+    "odd grid without prefix": dict(grid=(5, 7), prefix=0),
+    "five prefix tokens, dot": dict(grid=(6, 6), prefix=5, similarity="dot"),
+    "listed split": dict(split=alternating(30), channels=40),
+    "key_delta alone": dict(hidden=0, heads=0, detach_key=True),
+    "attached heads alone": dict(hidden=0, delta=False, heads=3, channels=64),
+    "attached keys as they are": dict(hidden=0, delta=False, heads=0, similarity="dot"),
+    "refinement alone": dict(heads=0, delta=False, detach_key=True, hidden=32, mask=False, size=False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("options", SHORT.values(), ids=SHORT)
+def test_short_grids(options, dtype, cuda, device):
+    """One launch forward, one backward, for every branch of the key path; six images, more than the emulator has multiprocessors."""
+    check(full_problem(**{**dict(batch=6, dim=40, channels=24, dtype=dtype, device=device), **options}), cuda)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("listed", [False, True], ids=["grid", "lists"])
 @pytest.mark.parametrize("dim", [1, 7, 64])

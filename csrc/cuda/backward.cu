@@ -316,12 +316,22 @@ KernelList backward_kernels() {
   return {all.data(), int(all.size())};
 }
 
+size_t backward_long_workspace(const Problem& q, const BackwardOutputs& out) {
+  if (!q.batch || !has_key_path(out)) return 0;
+  return q.wide_scores ? Plan<double>(q, out, nullptr).bytes : Plan<float>(q, out, nullptr).bytes;
+}
+CudaStatus backward_long(const Problem& q, const BackwardInputs& in, const BackwardOutputs& out, void* workspace,
+                         cudaStream_t stream) {
+  const SpreadParams s = spread_params(q, in, out);
+  if (!has_key_path(out)) return launch_spread(s, stream);
+  return q.wide_scores ? run<double>(s, out, workspace, stream) : run<float>(s, out, workspace, stream);
+}
+
 }  // namespace cuda
 
 size_t cuda_backward_workspace(const Problem& q, const BackwardOutputs& out) {
-  if (!q.batch || !cuda::has_key_path(out)) return 0;
-  if (cuda::backward_short_takes(q)) return cuda::share_bytes(q, out);
-  return q.wide_scores ? cuda::Plan<double>(q, out, nullptr).bytes : cuda::Plan<float>(q, out, nullptr).bytes;
+  if (q.batch && cuda::has_key_path(out) && cuda::backward_short_takes(q)) return cuda::share_bytes(q, out);
+  return cuda::backward_long_workspace(q, out);
 }
 
 CudaStatus cuda_backward(const Problem& q, const BackwardInputs& in, const BackwardOutputs& out, void* workspace,
@@ -334,13 +344,10 @@ CudaStatus cuda_backward(const Problem& q, const BackwardInputs& in, const Backw
     return {};
   }
   if (!out.x && !out.size && !cuda::has_key_path(out)) return {};
-  const cuda::SpreadParams s = cuda::spread_params(q, in, out);
-  if (!cuda::has_key_path(out)) return cuda::launch_spread(s, stream);
-  if (cuda::backward_short_takes(q)) {  // by shape and dtypes alone, so that an image's bits don't depend on its batch
-    const CudaStatus status = cuda::backward_short(s, out, (float*)workspace, stream);
-    return status.kernel ? status : cuda::sum_shares(q, out, (const float*)workspace, q.batch, stream);
-  }
-  return q.wide_scores ? cuda::run<double>(s, out, workspace, stream) : cuda::run<float>(s, out, workspace, stream);
+  // One launch where it takes the problem, by shape and dtypes alone: an image's bits must not depend on its batch.
+  if (!cuda::has_key_path(out) || !cuda::backward_short_takes(q)) return cuda::backward_long(q, in, out, workspace, stream);
+  const CudaStatus status = cuda::backward_short(cuda::spread_params(q, in, out), out, (float*)workspace, stream);
+  return status.kernel ? status : cuda::sum_shares(q, out, (const float*)workspace, q.batch, stream);
 }
 
 }  // namespace fpet

@@ -121,8 +121,7 @@ CudaStatus pair_gradient(PairParams<float>, cudaStream_t);
 CudaStatus pair_gradient(const PairParams<double>&, cudaStream_t);
 KernelList pair_gradient_kernels();
 
-// Short grids in one launch, whatever is asked for of the key path; weight_parts is (B, 2, C h).
-bool backward_short_takes(const Problem&);
+// What backward_short_takes in one launch, whatever is asked for of the key path; weight_parts is (B, 2, C h).
 CudaStatus backward_short(const SpreadParams&, const BackwardOutputs&, float* weight_parts, cudaStream_t);
 KernelList backward_short_kernels();
 

@@ -23,15 +23,16 @@ constexpr size_t kShared = 99 << 10;
 // By row, sources first: 128 of either.
 struct RowVectors {
   int token[2 * kSide];  // -1 where there is none
-  int target[kSide], second[kSide];
-  float mid[kSide], size[kSide], inverse_n[kSide], gamma[kSide];
-  float ratio[2 * kSide];                      // size over the merged size
-  float norm[2 * kSide], inverse[2 * kSide];   // of k'
+  float mid[kSide], size[kSide], inverse_n[kSide], gamma[kSide], inverse[2 * kSide];  // the last: of the norm of k'
+  uint8_t target[kSide], second[kSide];
   union {
-    float sums[4][kSide];  // of ds by source, then of k' · dk̂ by destination, over the columns of a warp
+    float ratio[2 * kSide];             // size over the merged size, until dx is written
+    float sums[4][kSide];               // of ds by source, then of k' · dk̂ by destination, over the columns of a warp
     float along[kChannels / 8][kBand];  // k' · dk̂ of a band, by eight channels
   };
 };
+
+static_assert(sizeof(RowVectors) % 128 == 0, "the ring follows");
 
 struct ShortBackward {
   SpreadParams s;  // of what is asked for here, too; γ' stays in shared memory
@@ -147,8 +148,8 @@ FPET_DEVICE void load_vectors(const ShortBackward& p, int64_t image) {
     }
     v.ratio[i] = size / n;
     if (source) {
-      v.target[i] = target;
-      v.second[i] = token < 0 ? 0 : int(p.s.in.second[at] - q.prefix);
+      v.target[i] = uint8_t(target);
+      v.second[i] = uint8_t(token < 0 ? 0 : matched(q, p.s.in.second[at]) - q.prefix);
       v.mid[i] = token < 0 ? 0.f : ((const float*)p.s.in.mid)[at];
       v.size[i] = size;
     } else {
@@ -322,8 +323,7 @@ FPET_DEVICE void prepare_image(const ShortBackward& p, int64_t image) {
     }
     squares = warp_sum<8>(squares);
     if (threadIdx.x % 8) continue;
-    v.norm[at] = sqrtf(squares);
-    v.inverse[at] = q.cosine ? inverse_norm(v.norm[at]) : 1.f;
+    v.inverse[at] = q.cosine ? inverse_norm(sqrtf(squares)) : 1.f;
   }
   __syncthreads();
 }
@@ -391,7 +391,7 @@ FPET_DEVICE void differentiate_scores(const ShortBackward& p, Tile& grad) {
 // dk' of one element, from dk̂ / ‖k'‖ and the row's k' · dk̂ / ‖k'‖; a norm at its floor is a constant, and nothing flows through it.
 FPET_DEVICE float through_norm(const ShortBackward& p, int at, float grad, float key, float along) {
   const RowVectors& v = row_vectors();
-  if (!p.s.q.cosine || v.norm[at] < 1e-12f) return grad;
+  if (!p.s.q.cosine || v.inverse[at] == inverse_norm(0.f)) return grad;
   return grad - key * (along * v.inverse[at] * v.inverse[at]);
 }
 
@@ -504,7 +504,7 @@ FPET_DEVICE void differentiate_weights(const ShortBackward& p, int64_t image) {
   const int rows = p.rows_a + p.rows_b, w = opaque(warp_index()), stride = p.unit_stride;
   const int across_units = p.hidden / 8, across_keys = p.channels / 8;
   float *mean = in_tail(p, p.pool), *units = mean + p.chunk * kKeyStride;
-  float* grad_units = (float*)row_vectors().target;  // but for the tokens, the vectors have been read
+  float* grad_units = row_vectors().mid;  // but for the tokens, the vectors have been read
   const float *up = in_tail(p, p.up), *down = in_tail(p, p.down);
   float grad_up[1][1][4] = {}, grad_down[1][1][4] = {};
   load_weights(p);

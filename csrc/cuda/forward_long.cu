@@ -194,7 +194,7 @@ constexpr size_t match_shared(int stages) {
 // The same in float64: 32 sources, 32 destinations at a time, 2 × 2 of them a thread.
 constexpr int kWide = 32, kWideDepth = 16;
 
-__global__ void __launch_bounds__(256) match_wide(const __grid_constant__ MatchParams<double> p) {
+__global__ void __launch_bounds__(256, 2) match_wide(const __grid_constant__ MatchParams<double> p) {
   const Problem& q = p.q;
   const int64_t b = blockIdx.x / (p.blocks * p.segments);
   const int rest = int(blockIdx.x - b * (p.blocks * p.segments)), segment = rest % p.segments;
@@ -251,7 +251,7 @@ constexpr int kMergeThreads = 256, kMergeRows = 32, kMergeCapacity = kMergeThrea
 
 // y_e = Σ size_t x_t / Σ size_t over the token kept as e and then its sources in their order; without `mean`, plain sums.
 template <class S>
-__global__ void __launch_bounds__(kMergeThreads, 3) merge_lists(const __grid_constant__ MergeParams p) {
+__global__ void __launch_bounds__(kMergeThreads, sizeof(S) == 2 ? 3 : 2) merge_lists(const __grid_constant__ MergeParams p) {
   using M = Compute<S>;
   constexpr int lanes = Lanes<S>::count, span = 32 * lanes;
   constexpr int groups = sizeof(S) == 2 ? 3 : 6;  // so many times 16 bytes of a row at once: 768 columns

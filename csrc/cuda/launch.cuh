@@ -76,9 +76,13 @@ const char* tiled_refuses(const Problem&);
 bool forward_short_takes(const Problem&);
 CudaStatus forward_short(const Problem&, const ForwardOutputs&, cudaStream_t);
 
+bool backward_short_takes(const Problem&);
+
 // Any problem that cuda_refuses lets pass.
 size_t forward_long_workspace(const Problem&);
 CudaStatus forward_long(const Problem&, const ForwardOutputs&, void* workspace, cudaStream_t);
+size_t backward_long_workspace(const Problem&, const BackwardOutputs&);
+CudaStatus backward_long(const Problem&, const BackwardInputs&, const BackwardOutputs&, void* workspace, cudaStream_t);
 
 }  // namespace cuda
 }  // namespace fpet

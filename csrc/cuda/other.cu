@@ -14,7 +14,7 @@ struct AverageParams {
 };
 
 template <class T>
-__global__ void __launch_bounds__(256) average_heads(const __grid_constant__ AverageParams p) {
+__global__ void __launch_bounds__(256, 4) average_heads(const __grid_constant__ AverageParams p) {
   const Problem& q = p.q;
   const int64_t at = int64_t(blockIdx.x) * 256 + threadIdx.x, chunks = q.channels / p.chunk;
   if (at >= p.count) return;

@@ -4,14 +4,19 @@
 #include <cstdlib>
 #include <functional>
 #include <map>
+#include <set>
+#include <string>
 
 #include "oracle_backward.h"
 #ifdef FPET_EMULATE_CUDA
 #include "cuda_emulator.h"
 #endif
 
-// Of csrc/cuda/launch.cuh, which only compilers of kernels can read: cuda_forward has another way for short grids.
+// Of csrc/cuda/launch.cuh, which only compilers of kernels can read: cuda_forward and cuda_backward have other ways for short grids.
 namespace fpet::cuda {
+bool backward_short_takes(const Problem&);
+size_t backward_long_workspace(const Problem&, const BackwardOutputs&);
+CudaStatus backward_long(const Problem&, const BackwardInputs&, const BackwardOutputs&, void* workspace, cudaStream_t);
 size_t forward_long_workspace(const Problem&);
 CudaStatus forward_long(const Problem&, const ForwardOutputs&, void* workspace, cudaStream_t);
 }  // namespace fpet::cuda
@@ -27,9 +32,9 @@ struct Results {
   }
 };
 
-// Which gradients are asked for.
+// Which gradients are asked for, and whether of the kernels for any grid.
 struct Wanted {
-  bool x = true, size = true, weights = true, refined = true, key = true, grad_size = true;
+  bool x = true, size = true, weights = true, refined = true, key = true, grad_size = true, tiled = false;
 };
 
 struct Device {
@@ -94,8 +99,10 @@ Results run(const Device& device, const Wanted& wanted, int64_t first, int64_t c
   out.refined = refined.get();
   out.key = key.get();
   out.refined_dtype = out.key_dtype = c.key;
-  const Buffer workspace(fpet::cuda_backward_workspace(p, out));
-  if (!succeeded(fpet::cuda_backward(p, in, out, workspace.get(), nullptr))) return {};
+  const Buffer workspace(wanted.tiled ? fpet::cuda::backward_long_workspace(p, out) : fpet::cuda_backward_workspace(p, out));
+  if (!succeeded(wanted.tiled ? fpet::cuda::backward_long(p, in, out, workspace.get(), nullptr)
+                              : fpet::cuda_backward(p, in, out, workspace.get(), nullptr)))
+    return {};
   Results r{x.read<char>(), size.read<char>(), refined.read<char>(), key.read<char>(), down.read<char>(), up.read<char>()};
   if (wanted.x) r.x.erase(r.x.begin(), r.x.begin() + shift * bytes_of(c.x));
   return r;
@@ -121,8 +128,8 @@ void close(const char* name, const vector<char>& got, DType type, const vector<T
   if (std::getenv("FPET_TEST_VERBOSE")) std::printf("  %-8s %.2e, plain %.2e, largest %.2e\n", name, error, allowed, largest);
 }
 
-// The ways of running that must not change a bit.
-void each_way(const std::function<void(const char*)>& f) {
+// The ways of running that must not change a bit of so many images.
+void each_way(int64_t batch, const std::function<void(const char*)>& f) {
 #ifdef FPET_EMULATE_CUDA
   using emulator::Order;
   const struct {
@@ -130,9 +137,11 @@ void each_way(const std::function<void(const char*)>& f) {
     Order order;
     int multiprocessors, shared;
   } ways[] = {{"descending", Order::descending, 2, 99 << 10},
-              {"shuffled, many multiprocessors", Order::shuffled, 64, 227 << 10}};
+              {"shuffled, many multiprocessors", Order::shuffled, 64, 227 << 10},
+              {"one multiprocessor for all images", Order::ascending, 1, 163 << 10}};
   const emulator::Options before = emulator::options;
   for (const auto& way : ways) {
+    if (batch == 1 && way.multiprocessors == 1) continue;
     emulator::options.order = way.order;
     emulator::options.multiprocessors = way.multiprocessors;
     emulator::options.shared_per_block = way.shared;
@@ -144,6 +153,7 @@ void each_way(const std::function<void(const char*)>& f) {
     emulator::options.seed = seed;
   }
 #else
+  (void)batch;
   f("again");
 #endif
 }
@@ -165,27 +175,28 @@ void check_values(const Case& t, const Handed& h, const Results& r, bool grad_si
   close("up", r.up, c.weight, truth.up, plain.up, cut);
 }
 
-void check_case(const Config& c) {
+Results check_case(const Config& c, bool tiled) {
   const Case t(c);
   const Handed h(t);
   const Device device(t, h);
-  const Results all = run(device, {}, 0, c.batch);
+  const Wanted everything{true, true, true, true, true, true, tiled};
+  const Results all = run(device, everything, 0, c.batch);
   if (c.x == DType::f64) {
     check_values<long double, double>(t, h, all, true);
   } else {
     check_values<double, float>(t, h, all, true);
   }
-  each_way([&](const char* way) { CHECK(run(device, {}, 0, c.batch) == all, "other bits: %s", way); });
+  each_way(c.batch, [&](const char* way) { CHECK(run(device, everything, 0, c.batch) == all, "other bits: %s", way); });
 
   if (c.batch > 1) {
-    const Results r = run(device, {}, c.batch - 1, 1);
+    const Results r = run(device, everything, c.batch - 1, 1);
     const auto last = [&](const vector<char>& v) { return vector<char>(v.end() - int64_t(v.size()) / c.batch, v.end()); };
     CHECK(r.x == last(all.x) && r.size == last(all.size) && r.refined == last(all.refined) && r.key == last(all.key),
           "other bits for an image alone");
   }
-  if (t.n > 128) return;
+  if (t.n > 128) return all;
   const auto some = [&](bool x, bool size, bool weights, bool refined, bool key) {
-    const Results r = run(device, {x, size, weights, refined, key, true}, 0, c.batch);
+    const Results r = run(device, {x, size, weights, refined, key, true, tiled}, 0, c.batch);
     CHECK((!x || r.x == all.x) && (!size || r.size == all.size) && (!refined || r.refined == all.refined) &&
               (!key || r.key == all.key) && (!weights || (r.up == all.up && r.down == all.down)),
           "asked for x %d, size %d, weights %d, refined %d, key %d: other bits", x, size, weights, refined, key);
@@ -195,6 +206,21 @@ void check_case(const Config& c) {
   some(true, true, true, false, false);
   some(false, false, false, true, false);
   some(false, false, false, false, true);
+  return all;
+}
+
+// One launch for short grids, tiles for all others: which of them a problem takes, and that both agree.
+void check_both(const std::string& name, const Config& c) {
+  static const std::set<std::string> too_large = {"wide keys", "many units", "tiles of sources", "tiles of destinations",
+                                                  "few destinations", "float64", "float64 keys of bf16", "float64 of bf16 keys"};
+  const Results tiled = check_case(c, true);
+  const Case t(c);
+  const Handed h(t);
+  const bool takes = fpet::cuda::backward_short_takes(Device(t, h).problem(0, c.batch));
+  CHECK(takes == !too_large.count(name), "one launch: %d", takes);
+  if (!takes) return;
+  const Results whole = check_case(c, false);
+  CHECK(whole.x == tiled.x && whole.size == tiled.size, "the gradients of x and of sizes have other bits than without tiles");
 }
 
 // No gradient of the sizes, with and without a key path.
@@ -209,7 +235,10 @@ void check_without_grad_size() {
   const Device device(t, h);
   Wanted wanted;
   wanted.grad_size = false;
-  check_values<double, float>(t, h, run(device, wanted, 0, 1), false);
+  for (const bool tiled : {false, true}) {
+    wanted.tiled = tiled;
+    check_values<double, float>(t, h, run(device, wanted, 0, 1), false);
+  }
 }
 
 // All keys zero: norms at their floor; NaN keys: no crash, and x's gradient is not touched.
@@ -226,11 +255,33 @@ void check_degenerate() {
     const Results want = run(Device(t, good), {true, true, false, false, false, true}, 0, 1);
     t.key.fill([&] { return fill; });
     const Device device(t, good);
-    const Results r = run(device, {}, 0, 1);
-    CHECK(r.x == want.x && r.size == want.size, "keys of %g change the gradient of x", fill);
-    if (fill != 0) continue;
-    for (const float v : vector<float>((const float*)r.refined.data(), (const float*)(r.refined.data() + r.refined.size())))
-      CHECK(std::isfinite(v), "the gradient at a zero key is not a number");
+    for (const bool tiled : {false, true}) {
+      const Results r = run(device, {true, true, true, true, true, true, tiled}, 0, 1);
+      CHECK(r.x == want.x && r.size == want.size, "keys of %g change the gradient of x", fill);
+      if (fill != 0) continue;
+      for (const float v : vector<float>((const float*)r.refined.data(), (const float*)(r.refined.data() + r.refined.size())))
+        CHECK(std::isfinite(v), "the gradient at a zero key is not a number");
+    }
+  }
+}
+
+// Indices on the device that point nowhere give wrong results, and touch no other memory.
+void check_wrong_indices() {
+  Config c;
+  c.batch = 2;
+  c.grid_h = 5;
+  c.grid_w = 6;
+  c.dim = 12;
+  c.channels = 8;
+  c.hidden = 4;
+  c.lists = true;
+  Case t(c);
+  Handed h(t);
+  for (const int64_t wrong : {int64_t(-1), int64_t(1000), INT64_MIN, INT64_MAX}) {
+    h.match[3] = h.second[5] = h.match[u(t.num_a + 1)] = wrong;
+    t.pos_a[2] = t.pos_b[4] = wrong;
+    const Device device(t, h);
+    for (const bool tiled : {false, true}) run(device, {true, true, true, true, true, true, tiled}, 0, 2);
   }
 }
 
@@ -266,7 +317,7 @@ void check_long_forward(const Config& c) {
     return r;
   };
   const Forward r = forward(0, c.batch);
-  each_way([&](const char* way) { CHECK(forward(0, c.batch) == r, "other bits: %s", way); });
+  each_way(c.batch, [&](const char* way) { CHECK(forward(0, c.batch) == r, "other bits: %s", way); });
   if (c.batch > 1) {
     const Forward one = forward(c.batch - 1, 1);
     CHECK(std::equal(one.tokens.begin(), one.tokens.end(), r.tokens.end() - int64_t(one.tokens.size())) &&
@@ -449,6 +500,14 @@ int main(int argc, char** argv) {
        })},
       {"shifted",
        make([&](Config& c) { c.grid_h = c.grid_w = 7, c.dim = 64, c.x = c.key = bf16, c.layout = shifted, c.hidden = 16; })},
+      {"16 × 16", make([&](Config& c) {
+         c.grid_h = c.grid_w = 16, c.batch = 3, c.x = c.key = bf16, c.hidden = 32, c.prefix = 5, c.mask = Mask::f32;
+       })},
+      {"15 × 15", make([&](Config& c) { c.grid_h = c.grid_w = 15, c.dim = 40, c.hidden = 20, c.channels = 50, c.weight = bf16; })},
+      {"heads, delta", make([&](Config& c) {
+         c.batch = 5, c.grid_h = 7, c.grid_w = 7, c.x = f16, c.key = bf16, c.heads = 4, c.delta = true, c.channels = 48;
+       })},
+      {"many units", make([&](Config& c) { c.grid_h = 5, c.grid_w = 6, c.hidden = 40, c.x = bf16; })},
       {"wide keys", make([&](Config& c) { c.channels = 130, c.hidden = 70, c.grid_h = 4, c.delta = true; })},
       {"tiles of sources", make([&](Config& c) {
          c.grid_h = 1, c.grid_w = 530, c.lists = true, c.num_a = 515, c.dim = 16, c.channels = 8, c.x = c.key = bf16;
@@ -480,13 +539,14 @@ int main(int argc, char** argv) {
     if (argc < 2 || std::string(name) == argv[1]) {
       if (std::getenv("FPET_TEST_VERBOSE")) std::printf("%s, %d failures so far\n", name, failures), std::fflush(stdout);
       const int before = failures;
-      check_case(config);
+      check_both(name, config);
       check_long_forward(config);
       if (failures != before) std::printf("  in %s\n", name);
     }
   if (argc < 2 || std::string("others") == argv[1]) {
     check_without_grad_size();
     check_degenerate();
+    check_wrong_indices();
     for (const DType type : {f32, f64, bf16, f16})
       for (const Layout layout : {packed, padded, strided, shifted}) {
         check_unmerge(type, layout, layout == strided ? 37 : 40, layout == padded);
