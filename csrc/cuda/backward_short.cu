@@ -69,8 +69,7 @@ using StepRing = Ring<kStep>;
 
 // Where the ring is filled from next.
 struct Source {
-  int64_t image;
-  int first;  // column
+  int image, first;  // column
 };
 
 template <class S>
@@ -86,18 +85,18 @@ struct StepLoader {
     const int* token = ((const RowVectors*)shared_memory())->token;
     const S* x = (const S*)q.x.data + from.image * q.x.stride[0];
     const S* g = (const S*)grad.data + from.image * grad.stride[0] + q.prefix * grad.stride[1];
-    const int at = from.first + int(threadIdx.x) % 8 * (16 / int(sizeof(S)));
+    const int thread = opaque(int(threadIdx.x)), at = from.first + thread % 8 * (16 / int(sizeof(S)));
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = int(threadIdx.x) / 8 + 64 * r, t = token[row];
-      char* to = stage + turned(row, int(threadIdx.x) % 8);
+      const int row = thread / 8 + 64 * r, t = token[row];
+      char* to = stage + turned(row, thread % 8);
       copy_row_chunk(to, x + max(t, 0) * q.x.stride[1], at, int(q.dim), q.x.stride[2], p.aligned_x, t >= 0);
       copy_row_chunk(to + kPanel, g + row * grad.stride[1], at, int(q.dim), grad.stride[2], p.aligned_grad, row < int(q.num_b));
     }
     from.first += kDepth;
     if (from.first < q.dim) return;
     from.first = 0;
-    from.image = p.ahead ? from.image + gridDim.x : q.batch;
+    from.image = p.ahead ? from.image + int(gridDim.x) : int(q.batch);
   }
 };
 
@@ -160,35 +159,39 @@ FPET_DEVICE void load_vectors(const ShortBackward& p, int64_t image) {
 
 // Every column of G, and with it dx, dsize, γ' and the image's dM without γ'.
 template <class S>
-FPET_DEVICE void spread_image(const ShortBackward& p, int64_t image, Tile& grad, StepRing& ring, Source& from) {
+FPET_DEVICE void spread_image(const ShortBackward& p, int image, Tile& grad, StepRing& ring, Source& from) {
   constexpr int lanes = Lanes<S>::count, kDepth = StepLoader<S>::kDepth;
   const SpreadParams& s = p.s;
   const Problem& q = s.q;
   const View& y = s.in.tokens;
   RowVectors& v = row_vectors();
-  const int own = int(threadIdx.x) / 8, piece = int(threadIdx.x) % 8;  // rows own, own + 64, one of the step's eight pieces
+  const int thread = opaque(int(threadIdx.x)), own = thread / 8, piece = thread % 8;  // rows own, own + 64, one of the step's eight pieces
   const bool wants_size = s.grad_size != nullptr;
   const StepLoader<S> fill{p, from};
-  if (!p.ahead || image == blockIdx.x) {
+  if (!p.ahead || image == int(blockIdx.x)) {
     from = {image, 0};
     ring.start(fill);
   }
-  for (int64_t row = warp_index() * 4; row < q.prefix; row += kThreads / kRowLanes)
-    spread_row<S>(s, image, row + lane_index() / kRowLanes, q.prefix);
+  for (int64_t row = opaque(warp_index()) * 4; row < q.prefix; row += kThreads / kRowLanes)
+    spread_row<S>(s, image, row + opaque(lane_index()) / kRowLanes, q.prefix);
   float along_y[2] = {0.f, 0.f}, along_b[2] = {0.f, 0.f}, along_a[2] = {0.f, 0.f};
   for (int d = 0; d < int(q.dim); d += kDepth) {
     const char* stage = ring.next(fill);
     const int at = d + piece * lanes;
     uint4 y_raw[2], x_raw[2];
+    const auto load_rows = [&] {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int j = own + 64 * r, token = v.token[kSide + j];
-      const S* y_row = (const S*)y.data + image * y.stride[0] + (q.prefix + j) * y.stride[1];
-      const S* x_row = (const S*)q.x.data + image * q.x.stride[0] + token * q.x.stride[1];
-      y_raw[r] = load_piece(y_row, at, q.dim, y.stride[2], s.aligned, token >= 0);
-      x_raw[r] = load_piece(x_row, at, q.dim, q.x.stride[2], s.aligned, wants_size && token >= 0);
-    }
+      for (int r = 0; r < 2; ++r) {
+        const int j = own + 64 * r, token = v.token[kSide + j];
+        const S* y_row = (const S*)y.data + image * y.stride[0] + (q.prefix + j) * y.stride[1];
+        const S* x_row = (const S*)q.x.data + image * q.x.stride[0] + token * q.x.stride[1];
+        y_raw[r] = load_piece(y_row, at, q.dim, y.stride[2], s.aligned, token >= 0);
+        x_raw[r] = load_piece(x_row, at, q.dim, q.x.stride[2], s.aligned, wants_size && token >= 0);
+      }
+    };
+    if (sizeof(S) == 2) load_rows();  // under way during the products; those of float32 need the registers
     add_products<S, false>(grad, stage, stage + kPanel);
+    if (sizeof(S) == 4) load_rows();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = own + 64 * r;
@@ -574,7 +577,7 @@ __global__ void __launch_bounds__(kThreads, 1) image_gradient(const __grid_const
   Source from;
   find_rows(p);
 #pragma unroll 1
-  for (int64_t image = blockIdx.x; image < q.batch; image += gridDim.x) {
+  for (int image = int(blockIdx.x); image < int(q.batch); image += int(gridDim.x)) {
     __syncthreads();  // rows have been found, or the last image's vectors and stages read
     load_vectors(p, image);
     if (p.aligned_keys) {
