@@ -13,7 +13,7 @@ struct PairVectors {
   union {
     struct {
       float inverse_n[kTileB], gamma[kTileB];
-    };
+    } column;
     float sums[4][kTileA];  // of ds over the columns of a warp
   };
   float inverse_b[kTileB];
@@ -176,8 +176,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) pair_tiles(const __grid_const
         const int j = j0 + c;
         const bool exists = j < j_end;
         const View& n = p.in.merged_size;
-        v.inverse_n[c] = exists ? 1.f / load_any<float>(n, b * n.stride[0] + (q.prefix + j) * n.stride[1]) : 0.f;
-        v.gamma[c] = exists ? ((const float*)p.gamma)[b * num_b + j] : 0.f;
+        v.column.inverse_n[c] = exists ? 1.f / load_any<float>(n, b * n.stride[0] + (q.prefix + j) * n.stride[1]) : 0.f;
+        v.column.gamma[c] = exists ? ((const float*)p.gamma)[b * num_b + j] : 0.f;
         v.inverse_b[c] = exists ? p.keys.inverse(image_row + q.num_a + j) : 0.f;
       }
       for (int r = int(threadIdx.x) - kTileB; r >= 0 && r < kTileA; r += kTileThreads) {
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) pair_tiles(const __grid_const
               const int column = left + n * 8 + e;
               const float scale = inverse_a * v.inverse_b[column];
               const float g = own[(m * 16 + n * 4 + 2 * half + e) * kTileThreads];
-              const float grad_match = (g * v.inverse_n[column] + v.gamma[column]) * size;
+              const float grad_match = (g * v.column.inverse_n[column] + v.column.gamma[column]) * size;
               float& score = scores[m][n][2 * half + e];
               const float t = expf(-fabsf(score * scale - mid));  // p (1 − p) is even in s − m
               const float ds = grad_match * __fdividef(t, (1.f + t) * (1.f + t));

@@ -11,8 +11,10 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;  // four by four warps with 32 × 32 of dM each
-constexpr int kSide = 128;                             // sources and destinations, at most
-constexpr int kChannels = 64, kHidden = 32;            // at most
+
+// At most: sources and destinations, channels, hidden units.
+constexpr int kSide = 128, kChannels = 64, kHidden = 32;
+
 constexpr int kPanel = kSide * kRowBytes, kStep = 2 * kPanel;  // a stage of the ring: sources of x, then G
 constexpr int kBand = 32;                                      // sources whose ds is in shared memory
 // Rows of k', of a band of ds: for neither of the ways in which matrix units read them all lanes meet in few banks.
@@ -23,6 +25,7 @@ constexpr size_t kShared = 99 << 10;
 // By row, sources first: 128 of either.
 struct RowVectors {
   int token[2 * kSide];  // -1 where there is none
+
   float mid[kSide], size[kSide], inverse_n[kSide], gamma[kSide], inverse[2 * kSide];  // the last: of the norm of k'
   uint8_t target[kSide], second[kSide];
   union {
@@ -165,7 +168,8 @@ FPET_DEVICE void spread_image(const ShortBackward& p, int image, Tile& grad, Ste
   const Problem& q = s.q;
   const View& y = s.in.tokens;
   RowVectors& v = row_vectors();
-  const int thread = opaque(int(threadIdx.x)), own = thread / 8, piece = thread % 8;  // rows own, own + 64, one of the step's eight pieces
+  const int thread = opaque(int(threadIdx.x));
+  const int own = thread / 8, piece = thread % 8;  // rows own and own + 64, one of the step's eight pieces
   const bool wants_size = s.grad_size != nullptr;
   const StepLoader<S> fill{p, from};
   if (!p.ahead || image == int(blockIdx.x)) {
@@ -233,7 +237,8 @@ FPET_DEVICE void spread_image(const ShortBackward& p, int image, Tile& grad, Ste
   for (int r = 0; r < 2; ++r) {
     const int i = own + 64 * r;
     if (i >= q.num_a) continue;
-    store_any(s.grad_size, s.size_dtype, image * q.tokens + v.token[i], v.gamma[v.target[i]] + along_a[r] / merged(v.target[i]));
+    store_any(s.grad_size, s.size_dtype, image * q.tokens + v.token[i],
+              v.gamma[v.target[i]] + along_a[r] / merged(v.target[i]));
   }
 }
 
@@ -307,7 +312,8 @@ FPET_DEVICE void prepare_image(const ShortBackward& p, int64_t image) {
         multiply_wide<1, 1>(
             d, p.hidden, false, [&](int r, int k) { return pair_along(units + (row + r) * p.unit_stride + k); },
             [&](int c, int k) { return pair_along(up + (column + c) * p.unit_stride + k); });
-        each_of_tile(d[0][0], first + row, column, [&](int r, int c, float sum) { keys[r * kKeyStride + c] += sum * float(q.scale); });
+        each_of_tile(d[0][0], first + row, column,
+                     [&](int r, int c, float sum) { keys[r * kKeyStride + c] += sum * float(q.scale); });
       }
     }
   }
@@ -553,7 +559,8 @@ FPET_DEVICE void differentiate_weights(const ShortBackward& p, int64_t image) {
       each_of_tile(key[0][0], r0, c0, [&](int r, int c, float v) {
         const int token = row_vectors().token[vector_row(p, first + r)];
         if (token >= 0 && c < int(q.channels))
-          store_any(out.key, out.key_dtype, (image * q.tokens + token) * q.channels + c, (grad[r * kKeyStride + c] + v) / float(q.heads));
+          store_any(out.key, out.key_dtype, (image * q.tokens + token) * q.channels + c,
+                    (grad[r * kKeyStride + c] + v) / float(q.heads));
       });
     }
     __syncthreads();

@@ -199,7 +199,8 @@ FPET_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [
 // Starts fetching `rows` rows of `bytes` into the second-level cache, by all threads of the block.
 FPET_DEVICE void prefetch_block(const char* p, int rows, int64_t row_stride, int bytes) {
   const int lines = ceil_div(bytes, 128);
-  for (int i = int(threadIdx.x); i < rows * lines; i += int(blockDim.x)) prefetch_l2(p + i / lines * row_stride + 128 * (i % lines));
+  for (int i = int(threadIdx.x); i < rows * lines; i += int(blockDim.x))
+    prefetch_l2(p + i / lines * row_stride + 128 * (i % lines));
 }
 
 template <class S>

@@ -211,8 +211,9 @@ Results check_case(const Config& c, bool tiled) {
 
 // One launch for short grids, tiles for all others: which of them a problem takes, and that both agree.
 void check_both(const std::string& name, const Config& c) {
-  static const std::set<std::string> too_large = {"wide keys", "many units", "tiles of sources", "tiles of destinations",
-                                                  "few destinations", "float64", "float64 keys of bf16", "float64 of bf16 keys"};
+  static const std::set<std::string> too_large = {
+      "wide keys",        "many units", "tiles of sources",     "tiles of destinations",
+      "few destinations", "float64",    "float64 keys of bf16", "float64 of bf16 keys"};
   const Results tiled = check_case(c, true);
   const Case t(c);
   const Handed h(t);
@@ -503,7 +504,8 @@ int main(int argc, char** argv) {
       {"16 × 16", make([&](Config& c) {
          c.grid_h = c.grid_w = 16, c.batch = 3, c.x = c.key = bf16, c.hidden = 32, c.prefix = 5, c.mask = Mask::f32;
        })},
-      {"15 × 15", make([&](Config& c) { c.grid_h = c.grid_w = 15, c.dim = 40, c.hidden = 20, c.channels = 50, c.weight = bf16; })},
+      {"15 × 15",
+       make([&](Config& c) { c.grid_h = c.grid_w = 15, c.dim = 40, c.hidden = 20, c.channels = 50, c.weight = bf16; })},
       {"heads, delta", make([&](Config& c) {
          c.batch = 5, c.grid_h = 7, c.grid_w = 7, c.x = f16, c.key = bf16, c.heads = 4, c.delta = true, c.channels = 48;
        })},
