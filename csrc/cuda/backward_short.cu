@@ -36,6 +36,9 @@ struct RowVectors {
 };
 
 static_assert(sizeof(RowVectors) % 128 == 0, "the ring follows");
+constexpr int kChunk = 32;  // rows summed into weights at a time
+static_assert(kChunk * (kHidden + 4) * sizeof(float) <= sizeof(RowVectors) - sizeof(RowVectors::token),
+              "gradients of hidden units");
 
 struct ShortBackward {
   SpreadParams s;  // of what is asked for here, too; γ' stays in shared memory
@@ -62,7 +65,7 @@ struct ShortBackward {
       const int units = unit_rows * unit_stride * 4, summed = chunk * (kKeyStride + unit_stride) * 4;
       return size_t(keys + max(band, hidden ? weights + max(units, summed) : 0));
     };
-    unit_rows = 64, chunk = 32;
+    unit_rows = 64, chunk = kChunk;
     if (sizeof(RowVectors) + total() > kShared) unit_rows = chunk = 16;
     return total();
   }
