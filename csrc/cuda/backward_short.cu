@@ -584,7 +584,7 @@ FPET_DEVICE void differentiate_weights(const ShortBackward& p, int64_t image) {
 __global__ void __launch_bounds__(kThreads, 1) image_gradient(const __grid_constant__ ShortBackward p) {
   const Problem& q = p.s.q;
   StepRing ring{shared_memory() + sizeof(RowVectors), p.stages};
-  Source from;
+  Source from{int(blockIdx.x), 0};
   find_rows(p);
 #pragma unroll 1
   for (int image = int(blockIdx.x); image < int(q.batch); image += int(gridDim.x)) {
