@@ -183,8 +183,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) pair_tiles(const __grid_const
       for (int r = int(threadIdx.x) - kTileB; r >= 0 && r < kTileA; r += kTileThreads) {
         const int i = i0 + r;
         const bool exists = i < i_end;
-        v.best[r] = exists ? int(p.in.match[b * num_a + i] - q.prefix) - j0 : -1;
-        v.second[r] = exists ? int(p.in.second[b * num_a + i] - q.prefix) - j0 : -1;
+        v.best[r] = exists ? int(matched(q, p.in.match[b * num_a + i]) - q.prefix) - j0 : -1;
+        v.second[r] = exists ? int(matched(q, p.in.second[b * num_a + i]) - q.prefix) - j0 : -1;
         v.mid[r] = exists ? ((const float*)p.in.mid)[b * num_a + i] : 0.f;
         v.inverse_a[r] = exists ? p.keys.inverse(image_row + i) : 0.f;
         v.size[r] = !exists        ? 0.f
