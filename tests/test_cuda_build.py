@@ -28,10 +28,11 @@ MATRIX = re.compile(r"merge_short<|match_tiles|pair_tiles<|image_gradient")
 VECTORS = re.compile(
     r"merge_short<|match_tiles|merge_lists<|pair_tiles<|prepare_keys<|spread<|key_gradient<|average_heads<|image_gradient"
 )
-# Kernels that short grids go through, the tiled ones where keys are wide or scores float64: everything is kept in registers.
+# Kernels that short grids go through, the tiled ones where keys are wide or scores float64: everything is kept in registers. Not
+# merge_lists, of long grids and of unmerge's gradient: in float32 an address is set aside on some architectures.
 SHORT = {
-    "merge_short", "image_gradient", "spread", "sum_weights", "prepare_keys", "match_wide", "merge_lists", "pair_tiles", "pair_wide",
-    "key_gradient", "average_heads", "copy_rows",
+    "merge_short", "image_gradient", "spread", "sum_weights", "prepare_keys", "match_wide", "pair_tiles", "pair_wide", "key_gradient",
+    "average_heads", "copy_rows",
 }  # fmt: skip
 # Where a multiprocessor has less memory than the listed launch takes, the launcher takes one stage of so many bytes less.
 STAGE = {"pair_tiles": 24 << 10}
