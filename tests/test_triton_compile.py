@@ -43,9 +43,11 @@ def report(target: str, cases: tuple[str, ...], kernels: tuple[str, ...] = ()) -
 
 
 def allowed_spills(row: dict) -> int:
-    """None; but Triton 3.8, alone, spills some bytes in the backward of refined keys on NVIDIA's GPUs."""
-    refined_backward = row["target"] != "gfx942" and row["kernel"] == "backward_short" and "refined" in row["case"]
-    return 128 if refined_backward and version("triton").startswith("3.8.") else 0
+    """None; but before Triton 3.9 the backward of refined keys spills some bytes on sm_80, and under 3.8 on sm_90 and sm_100."""
+    minor = tuple(int(part) for part in version("triton").split(".")[:2])
+    if row["kernel"] != "backward_short" or "refined" not in row["case"] or row["target"] == "gfx942" or minor >= (3, 9):
+        return 0
+    return 192 if row["target"] == "sm80" else 128 if minor == (3, 8) else 0
 
 
 @pytest.mark.parametrize("target", TARGETS)
