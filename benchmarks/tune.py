@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as OutOfTime
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,10 @@ except ImportError as missing:
     raise SystemExit(f"tune: fpet_kernels and triton must be importable ({missing}): pip install -e . triton") from missing
 
 BF16, F32 = torch.bfloat16, torch.float32
-SHORT_CANDIDATES = tuple(itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3)))
+SHORT_CANDIDATES = {
+    "forward": tuple(itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3))),
+    "backward": tuple(itertools.product((64, 32, 16), (64, 32, 128), (8, 4), (3, 2, 4), (64, 16))),
+}
 TILE_CANDIDATES = (
     (64, 64, 64, 4, 2), (64, 64, 32, 4, 2), (64, 64, 64, 8, 2), (64, 64, 64, 4, 3), (32, 64, 64, 4, 2), (64, 32, 64, 4, 2),
     (128, 64, 64, 8, 2), (64, 128, 64, 8, 2), (128, 128, 64, 8, 2), (128, 128, 32, 8, 2), (128, 64, 32, 8, 3),
@@ -108,15 +111,19 @@ def slots(frozen: configs.Architecture, batch: int) -> Iterator[Slot]:
         key = (problem.x.itemsize, not problem.hidden, size)
         for direction, kernel in (("forward", "merge_short"), ("backward", "backward_short")):
             table = getattr(frozen, direction)
-            tried = dict.fromkeys((*((c,) if (c := table.get(key)) else ()), *(configs.Short(*s) for s in SHORT_CANDIDATES)))
+            fields = 4 if direction == "forward" else 5
+            others = (configs.Short(*s) for s in SHORT_CANDIDATES[direction])
+            tried = dict.fromkeys((*((c,) if (c := table.get(key)) else ()), *others))
             yield Slot(
                 f"{direction} {key}", problem, direction == "forward", direction == "backward", (kernel,),
-                {f"{key}: {short}".replace("block_a=", "").replace("block_d=", "").replace("warps=", "").replace("stages=", ""):
-                 replace(frozen, **{direction: table | {key: short}}) for short in tried},
+                {f"{key}: Short{astuple(short)[:fields]}": replace(frozen, **{direction: table | {key: short}})
+                 for short in tried},
             )  # fmt: skip
+    long = case("ViT-L at 1024, refined", (64, 64), BF16, True, dim=1024, images=4)
     rows = (frozen.tiles.rows, *(r for r in (16, 32, 64) if r != frozen.tiles.rows))
     yield Slot(
-        "tiles.rows", refined, False, True, ("prepare_backward", "refined_gradient", "weight_partials", "backward_short"),
+        "tiles.rows", long, True, True,
+        ("prepare_keys", "prepare_backward", "spread_gradient_kernel", "refined_gradient", "weight_partials"),
         {f"tiles: rows={r}": replace(frozen, tiles=replace(frozen.tiles, rows=r)) for r in rows},
     )  # fmt: skip
     t = frozen.tiles
@@ -124,7 +131,7 @@ def slots(frozen: configs.Architecture, batch: int) -> Iterator[Slot]:
         (t, *(replace(t, block_a=a, block_b=b, block_d=d, warps=w, stages=s) for a, b, d, w, s in TILE_CANDIDATES))
     )
     yield Slot(
-        "tiles", case("ViT-L at 1024, refined", (64, 64), BF16, True, dim=1024, images=4), True, True,
+        "tiles", long, True, True,
         ("match_tiles", "row_pass", "column_pass"), {f"{tile}": replace(frozen, tiles=tile) for tile in tiles},
     )  # fmt: skip
     yield Slot(
@@ -191,8 +198,8 @@ def in_flight(slot: Slot, text: str) -> tuple[int, int]:
         return c.batch * (-(-num_a // t.block_a)), t.stages * (t.block_a + t.block_b) * t.block_d * c.x.itemsize
     block_a = min(short.block_a, configs.next_power(num_a))
     if slot.backward:
-        blocks = -(-num_a // block_a) + -(-(c.prefix + num_a + num_b) // arch.tiles.rows)
-        return c.batch * blocks, short.stages * (block_a + size) * short.block_d * c.x.itemsize
+        gather = -(-(c.prefix + num_a + num_b) * c.x.itemsize // (16 * short.warps))
+        return c.batch * (1 + gather), short.stages * (block_a + size) * short.block_d * c.x.itemsize
     columns = -(-c.dim // short.block_d)
     parts = min(columns, max(1, arch.programs // c.batch))
     return c.batch * parts, short.stages * (block_a + size) * short.block_d * c.x.itemsize

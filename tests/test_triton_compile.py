@@ -43,14 +43,16 @@ def report(target: str, cases: tuple[str, ...], kernels: tuple[str, ...] = ()) -
 
 
 def allowed_spills(row: dict) -> int:
-    """None; but Triton 3.8, alone, spills some bytes in the backward of refined keys, whichever configuration it is given."""
-    refined_backward = row["kernel"] == "backward_short" and "refined" in row["case"]
-    return 128 if refined_backward and version("triton").startswith("3.8.") else 0
+    """None; but before Triton 3.9 the backward of refined keys spills some bytes on sm_80, and under 3.8 on sm_90 and sm_100."""
+    minor = tuple(int(part) for part in version("triton").split(".")[:2])
+    if row["kernel"] != "backward_short" or "refined" not in row["case"] or row["target"] == "gfx942" or minor >= (3, 9):
+        return 0
+    return 192 if row["target"] == "sm80" else 128 if minor == (3, 8) else 0
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_short_grids(target):
-    """Everything that short grids of D = 384, 768, 1024 launch fits, and the fused kernels keep their values in registers."""
+    """Short grids of D = 384, 768, 1024: one launch each way, and one for the weights; nothing spills, shared memory fits."""
     from fpet_kernels.triton import configs
 
     rows = report(target, SHORT)
@@ -62,9 +64,8 @@ def test_short_grids(target):
             assert row["spills"] <= allowed_spills(row), row
     assert set(compiled) == set(SHORT)
     for case in SHORT:
-        assert "merge_short" in compiled[case], f"{case}: the forward is not fused"
-    for case in SHORT[:3]:
-        assert "backward_short" in compiled[case], f"{case}: the backward is not fused"
+        weights = {"reduce_partials"} if "refined" in case else set()
+        assert compiled[case] == FUSED | weights, f"{case}: not fused"
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -122,7 +123,7 @@ def no_gpu():
         yield
 
 
-SHORT_LAUNCHES = ["merge_short", "prepare_backward", "backward_short", "refined_gradient", "weight_partials", "reduce_partials"]
+SHORT_LAUNCHES = ["merge_short", "backward_short", "reduce_partials"]
 LONG_LAUNCHES = [
     "prepare_keys", "match_tiles", "merge_lists", "spread_gradient_kernel", "prepare_backward", "row_pass", "column_pass",
     "refined_gradient", "weight_partials", "reduce_partials",

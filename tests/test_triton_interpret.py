@@ -105,6 +105,19 @@ SHORT = {
     "one channel": dict(channels=1, dim=1, delta=True),
     "several columns of tiles": dict(dim=70, size=True),
     "two blocks of sources": dict(split=alternating(140), batch=1, dim=6, channels=4, delta=True),
+    "two blocks of sources, everything": dict(
+        split=alternating(140),
+        batch=2,
+        dim=6,
+        channels=4,
+        hidden=3,
+        heads=2,
+        size=True,
+        mask=True,
+        delta=True,
+        prefix=5,
+        detach_key=False,
+    ),
 }
 
 
@@ -112,12 +125,13 @@ SHORT = {
 @pytest.mark.parametrize("case", SHORT)
 def test_short(case, dtype, launched):
     options = dict(SHORT[case])
-    if case == "two blocks of sources" and dtype == torch.float16:
+    if "two blocks of sources" in case and dtype == torch.float16:
         pytest.skip("the other types cover it, and the interpreter is slow")
     problem = random_problem(**options, dtype=dtype)
     check(on(problem), "triton")
-    assert "merge_short" in launched
-    assert ("backward_short" in launched) == bool({"w_down", "key_delta", "key"} & set(problem.leaves))
+    key_path = {"w_down", "key_delta", "key"} & set(problem.leaves)
+    backward = ["backward_short" if key_path else "spread_gradient_kernel", *["reduce_partials"] * ("w_down" in problem.leaves)]
+    assert launched[: 1 + len(backward)] == ["merge_short", *backward], "one launch each way, and one for the weights"
 
 
 LONG = {
@@ -163,6 +177,19 @@ def test_blocks_of_sources_need_ordered_memory(ordered, launched, monkeypatch):
         assert launched == ["merge_short"]
         merge(on(random_problem(split=alternating(300), batch=1, dim=4, channels=4)), "triton")
     assert launched[1] == ("merge_short" if ordered else "prepare_keys")
+    launched.clear()
+    with configs.pretend("tried"):
+        run(on(random_problem(split=alternating(60), batch=1, dim=4, channels=4, delta=True)), "triton")
+    assert ("backward_short" if ordered else "row_pass") in launched, "so does what a backward puts aside for itself"
+
+
+@pytest.mark.parametrize("case", ["everything", "plain"])
+def test_without_parts_of_float32(case, launched, monkeypatch):
+    """float32 products as multiply-adds: the other value of a table's ``split_float32``."""
+    monkeypatch.setitem(configs.TABLES, "tried", replace(configs.table(DEVICE, 0), split_float32=False))
+    with configs.pretend("tried"):
+        check(on(random_problem(**SHORT[case])), "triton")
+    assert "merge_short" in launched
 
 
 def test_gather_only(launched):

@@ -94,7 +94,7 @@ def test_another_batch_compiles_nothing(case, compiled):
     options = CASES[case]
     run(2, **options)
     first = len(compiled)
-    assert first >= 4
+    assert first >= 2
     for batch in (1, 3, 16, 64, 100, 256, 300):
         run(batch, **options)
         again = [kernel.name for kernel in compiled[first:]]
@@ -120,7 +120,7 @@ def test_the_short_cut_makes_the_call_that_triton_makes(case, compiled, monkeypa
     monkeypatch.setattr(ops._Launch, "__call__", lambda self, *tensors: (calls.append((self, tensors)), launch(self, *tensors)))
     run(3, **CASES[case])
     monkeypatch.undo()
-    assert ops._SHORTCUT and len(calls) >= 4
+    assert ops._SHORTCUT and len(calls) >= 2
     for made, tensors in calls:
         kernel = FakeKernel(made.kernel.fn.__name__)
         direct = ops._Launch(made.kernel, (made.grid, made.numbers, made.meta), False, "sm90")

@@ -23,20 +23,22 @@ class Short:
     Attributes:
         block_a: sources whose scores are in registers at once; block_d: columns of x per step.
         warps, stages: of the kernel.
+        rows: of keys that the backward prepares, and takes on through the refinement, at once.
     """
 
     block_a: int
     block_d: int
     warps: int
     stages: int
+    rows: int = 16
 
 
 @dataclass(frozen=True)
 class Tiles:
     """The tiled kernels: sources, destinations, channels of the key and columns of x per tile.
 
-    ``rows`` of the key, or of the gather in the backward, are one program's share in either path: with more than 16, the
-    parts of float32 products spill.
+    ``rows`` of the key, or of the gather in the backward, are one program's share: with more than 16, the parts of float32
+    products spill.
     """
 
     block_a: int
@@ -60,7 +62,7 @@ class Architecture:
         split_float32: float32 products from bfloat16 parts on matrix units (else float32 multiply-adds).
         shared: bytes of shared memory a program may use.
         ordered: a barrier orders a program's writes and reads of global memory too, as short forwards with several blocks of
-            sources need. So it is on NVIDIA's GPUs and on CDNA; elsewhere the tiled kernels take those.
+            sources and all short backwards need. So it is on NVIDIA's GPUs and on CDNA; elsewhere the tiled kernels take those.
     """
 
     forward: dict[tuple[int, bool, int], Short]
@@ -105,25 +107,38 @@ _FORWARD_SM100 = _FORWARD_SM90 | {(4, False, 128): Short(32, 32, 8, 2)}
 _BACKWARD = {
     (2, True, 16): Short(16, 64, 4, 2),
     (2, True, 32): Short(32, 64, 4, 2),
-    (2, True, 64): Short(32, 64, 4, 2),
-    (2, True, 128): Short(32, 64, 8, 2),
-    (4, True, 16): Short(16, 32, 4, 2),
-    (4, True, 32): Short(16, 32, 4, 2),
-    (4, True, 64): Short(16, 32, 4, 2),
-    (4, True, 128): Short(16, 32, 8, 2),
-}
-# Products of two float32 matrices hold three parts of either side: where destinations are many, or matrix units take both
-# operands from registers (before sm_90), that spills, and the tiled kernels do it.
-_BACKWARD_SM90 = _BACKWARD | {
-    (2, True, 256): Short(16, 64, 8, 2),
+    (2, True, 64): Short(32, 64, 8, 2),
+    (2, True, 128): Short(32, 64, 8, 3, 64),
     (2, False, 16): Short(16, 64, 4, 2),
     (2, False, 32): Short(16, 64, 4, 2),
     (2, False, 64): Short(16, 64, 8, 2),
-    (2, False, 128): Short(16, 64, 8, 2),
+    (2, False, 128): Short(32, 32, 8, 3, 64),
+    (4, True, 16): Short(16, 32, 4, 2),
+    (4, True, 32): Short(16, 32, 4, 2),
+    (4, True, 64): Short(16, 32, 8, 2),
+    (4, True, 128): Short(32, 32, 8, 2, 64),
     (4, False, 16): Short(16, 32, 4, 2),
     (4, False, 32): Short(16, 32, 4, 2),
     (4, False, 64): Short(16, 32, 8, 2),
-    (4, False, 128): Short(16, 32, 8, 2),
+    (4, False, 128): Short(32, 32, 8, 2, 64),
+}
+# Operands from shared memory leave registers for larger blocks.
+_BACKWARD_SM90 = _BACKWARD | {
+    (2, True, 64): Short(64, 64, 8, 3, 64),
+    (2, True, 128): Short(64, 64, 8, 3, 64),
+    (2, True, 256): Short(16, 64, 8, 2, 64),
+    (2, False, 64): Short(32, 64, 8, 3, 64),
+    (2, False, 128): Short(64, 64, 8, 3, 64),
+    (4, True, 64): Short(64, 32, 8, 2, 64),
+    (4, True, 128): Short(64, 32, 8, 2, 64),
+    (4, False, 64): Short(32, 32, 8, 2, 64),
+    (4, False, 128): Short(32, 32, 8, 2, 64),
+}
+_BACKWARD_GFX942 = _BACKWARD | {
+    (2, True, 128): Short(64, 64, 4, 2, 64),
+    (2, False, 128): Short(32, 64, 4, 2, 64),
+    (4, True, 128): Short(64, 32, 4, 2, 64),
+    (4, False, 128): Short(16, 32, 4, 2),
 }
 
 
@@ -137,7 +152,7 @@ TABLES: dict[str, Architecture] = {
     "sm90": Architecture(_FORWARD_SM90, _BACKWARD_SM90, 264, Tiles(64, 64, 64, 64, 4, 2), _DOUBLE, True, 232_448),
     "sm100": Architecture(_FORWARD_SM100, _BACKWARD_SM90, 296, Tiles(64, 64, 64, 64, 4, 2), _DOUBLE, True, 232_448),
     "gfx942": Architecture(
-        _four_warps(_FORWARD), _four_warps(_BACKWARD_SM90), 304, Tiles(32, 64, 64, 32, 4, 2), _DOUBLE, True, 65_536
+        _four_warps(_FORWARD), _four_warps(_BACKWARD_GFX942), 304, Tiles(32, 64, 64, 32, 4, 2), _DOUBLE, True, 65_536
     ),
     # Triton's interpreter pays for every operation, not for its size: few large tiles.
     "interpreter": Architecture(
@@ -147,7 +162,7 @@ TABLES: dict[str, Architecture] = {
     "other": Architecture(_FORWARD_SM80, _BACKWARD, 128, Tiles(32, 64, 32, 32, 8, 1), _DOUBLE, True, 101_376),
     # Any other GPU that Triton knows.
     "elsewhere": Architecture(
-        _four_warps(_FORWARD), _four_warps(_BACKWARD), 128, Tiles(32, 64, 32, 32, 4, 1), _DOUBLE, True, 65_536, ordered=False
+        _four_warps(_FORWARD), {}, 128, Tiles(32, 64, 32, 32, 4, 1), _DOUBLE, True, 65_536, ordered=False
     ),
 }
 

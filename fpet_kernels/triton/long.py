@@ -339,21 +339,16 @@ def spread_gradient_kernel(
 
 
 @triton.jit
-def _merged_size_gradient(
-    p_grad, p_grad_size, p_tokens, p_merged_size, p_out,
-    stride_grad_b, stride_grad_e, stride_grad_d, stride_gs_b, stride_gs_e, stride_tok_b, stride_tok_e, stride_tok_d,
-    num_b, merged, prefix, dim, program,
-    BR: tl.constexpr, BD: tl.constexpr, GRAD_SIZE: tl.constexpr, DOUBLE: tl.constexpr,
+def merged_size_gradient(
+    p_grad, p_grad_size, p_tokens, p_merged_size, stride_grad_b, stride_grad_e, stride_grad_d, stride_gs_b, stride_gs_e,
+    stride_tok_b, stride_tok_e, stride_tok_d, b, j, row_mask, merged, prefix, dim,
+    BD: tl.constexpr, GRAD_SIZE: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
-    """γ'_j = γ_j − (G_j · y_j) / n_j of BR destinations, (B, N_B)."""
-    blocks = tl.cdiv(num_b, BR)
-    b = (program // blocks).to(tl.int64)
-    j = (program % blocks) * BR + tl.arange(0, BR)
-    row_mask = j < num_b
+    """γ'_j = γ_j − (G_j · y_j) / n_j of destinations ``j``."""
     e = (prefix + j).to(tl.int64)
     p_grad += b * stride_grad_b
     p_tokens += b * stride_tok_b
-    dot = zeros((BR,), DOUBLE)
+    dot = zeros((j.shape[0],), DOUBLE)
     for d_start in range(0, dim, BD):
         d = (d_start + tl.arange(0, BD)).to(tl.int64)
         mask = row_mask[:, None] & (d < dim)[None, :]
@@ -363,7 +358,7 @@ def _merged_size_gradient(
     out = -dot / wide(tl.load(p_merged_size + b * merged + e, mask=row_mask, other=1.0), DOUBLE)
     if GRAD_SIZE:
         out += wide(tl.load(p_grad_size + b * stride_gs_b + e * stride_gs_e, mask=row_mask, other=0.0), DOUBLE)
-    tl.store(p_out + b * num_b + j, out, mask=row_mask)
+    return out
 
 
 @triton.jit(do_not_specialize=["num_a", "num_rows", "width", "stride_gs_b", "size_programs"])
@@ -381,11 +376,14 @@ def prepare_backward(
     """What every later kernel reads: the first ``size_programs`` programs form γ', the others k', its norm and the mean key."""
     if tl.program_id(0) < size_programs:
         num_b = num_rows - num_a
-        _merged_size_gradient(
-            p_grad, p_grad_size, p_tokens, p_merged_size, p_gamma,
-            stride_grad_b, stride_grad_e, stride_grad_d, stride_gs_b, stride_gs_e, stride_tok_b, stride_tok_e, stride_tok_d,
-            num_b, prefix + num_b, prefix, dim, tl.program_id(0), BR, BD, GRAD_SIZE, DOUBLE,
+        blocks = tl.cdiv(num_b, BR)
+        b = (tl.program_id(0) // blocks).to(tl.int64)
+        j = (tl.program_id(0) % blocks) * BR + tl.arange(0, BR)
+        gamma = merged_size_gradient(
+            p_grad, p_grad_size, p_tokens, p_merged_size, stride_grad_b, stride_grad_e, stride_grad_d, stride_gs_b, stride_gs_e,
+            stride_tok_b, stride_tok_e, stride_tok_d, b, j, j < num_b, prefix + num_b, prefix, dim, BD, GRAD_SIZE, DOUBLE,
         )  # fmt: skip
+        tl.store(p_gamma + b * num_b + j, gamma, mask=j < num_b)
     else:
         _prepare_rows(
             p_key, p_delta, p_down, p_up, p_mask, p_split_a, p_split_b, p_prepared, p_norm, p_mean,
@@ -531,26 +529,6 @@ def column_pass(
 
 
 @triton.jit
-def _unit_gradient(
-    p_unit_grad, p_partial, b, r, row_mask, c, num_a, num_rows, channels, parts, PARTS: tl.constexpr, DOUBLE: tl.constexpr
-):
-    """dk̂ [rows, c]. PARTS: that of the destinations is in ``parts`` parts, (B, parts, N_B, C), added up in their order."""
-    mask = row_mask[:, None] & (c < channels)[None, :]
-    at = (b * num_rows + r)[:, None] * channels + c[None, :]
-    if PARTS:
-        num_b = num_rows - num_a
-        is_b = r >= num_a
-        total = tl.load(p_unit_grad + at, mask=mask & (r < num_a)[:, None], other=0.0)
-        at_b = (b * parts * num_b + r - num_a)[:, None] * channels + c[None, :]
-        for _ in range(0, parts):
-            total += tl.load(p_partial + at_b, mask=mask & is_b[:, None], other=0.0)
-            at_b += num_b * channels
-        return total
-    else:
-        return tl.load(p_unit_grad + at, mask=mask, other=0.0)
-
-
-@triton.jit
 def _rows_of_image(program, num_a, num_rows, prefix, width, p_split_a, p_split_b, BR: tl.constexpr, LISTED: tl.constexpr):
     """BR tokens of an image, prefix tokens, sources, destinations: image; row, and which have one; token, and which are one."""
     tokens_in = prefix + num_rows
@@ -565,11 +543,11 @@ def _rows_of_image(program, num_a, num_rows, prefix, width, p_split_a, p_split_b
     return b, r, in_image & (all_rows >= prefix), token, in_image
 
 
-@triton.jit(do_not_specialize=["num_a", "num_rows", "width", "parts"])
+@triton.jit(do_not_specialize=["num_a", "num_rows", "width"])
 def refined_gradient(
-    p_unit_grad, p_partial, p_prepared, p_norm, p_split_a, p_split_b, p_grad_refined, p_grad_key,
-    num_a, num_rows, prefix, width, channels, heads, parts,
-    BR: tl.constexpr, BC: tl.constexpr, PARTS: tl.constexpr, LISTED: tl.constexpr, COSINE: tl.constexpr, KEEP: tl.constexpr,
+    p_unit_grad, p_prepared, p_norm, p_split_a, p_split_b, p_grad_refined, p_grad_key,
+    num_a, num_rows, prefix, width, channels, heads,
+    BR: tl.constexpr, BC: tl.constexpr, LISTED: tl.constexpr, COSINE: tl.constexpr, KEEP: tl.constexpr,
     NEED_REFINED: tl.constexpr, NEED_KEY: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """dk' = (dk̂ − k̂ (k̂ · dk̂)) / ‖k'‖, in token order to grad_refined and grad_key, with 0 for prefix tokens.
@@ -586,8 +564,9 @@ def refined_gradient(
         for c_start in range(0, channels, BC):
             c = c_start + tl.arange(0, BC)
             mask = row_mask[:, None] & (c < channels)[None, :]
-            grad = _unit_gradient(p_unit_grad, p_partial, b, r, row_mask, c, num_a, num_rows, channels, parts, PARTS, DOUBLE)
-            keys = tl.load(p_prepared + (b * num_rows + r)[:, None] * channels + c[None, :], mask=mask, other=0.0)
+            at = (b * num_rows + r)[:, None] * channels + c[None, :]
+            grad = tl.load(p_unit_grad + at, mask=mask, other=0.0)
+            keys = tl.load(p_prepared + at, mask=mask, other=0.0)
             dot += tl.sum(wide(keys, DOUBLE) * grad, axis=1)
         # A norm at its floor is a constant, and nothing flows through it.
         dot = tl.where(norm > 1e-12, dot * inverse * inverse, 0.0)
@@ -595,7 +574,7 @@ def refined_gradient(
         c = c_start + tl.arange(0, BC)
         mask = row_mask[:, None] & (c < channels)[None, :]
         at = (b * num_rows + r)[:, None] * channels + c[None, :]
-        grad = _unit_gradient(p_unit_grad, p_partial, b, r, row_mask, c, num_a, num_rows, channels, parts, PARTS, DOUBLE)
+        grad = tl.load(p_unit_grad + at, mask=mask, other=0.0)
         if COSINE:
             keys = wide(tl.load(p_prepared + at, mask=mask, other=0.0), DOUBLE)
             grad = (grad - keys * dot[:, None]) * inverse[:, None]

@@ -234,10 +234,11 @@ class _Gradient(_Problem):
         self.grad_sized = grad_size is not None
         self.s_gs = (0, 0) if grad_size is None else grad_size.stride()[:2]
         self.keys = bool((self.need_weights or self.need_refined or self.need_key) and self.num_a > 0)
-        # Programs of the gather, per image.
-        self.spread = _cdiv(self.merged + self.num_a, self.tiles.rows) if self.need_x or self.need_size else 0
-        fused = self.keys and self.short is not None
+        fused = self.keys and self.short is not None and self.arch.ordered
         self.config = self.arch.backward.get((self.item, self.raw, self.short)) if fused else None  # type: ignore[arg-type]
+        # The gather: rows of a program (more in the fused kernel, whose programs are few and large), programs per image.
+        self.spread_rows = self.tiles.rows if self.config is None else 16 * self.config.warps // self.item
+        self.spread = _cdiv(self.merged + self.num_a, self.spread_rows) if self.need_x or self.need_size else 0
         # What goes on through the refinement reads the key again: rather its mean than all of its heads.
         self.through = self.refined and (self.need_weights or self.need_key)
         self.mean = bool(self.through and self.heads > 1)
@@ -245,22 +246,18 @@ class _Gradient(_Problem):
         self.inner_heads = self.heads
         if self.mean:
             self.s_inner, self.inner_heads = ((self.prefix + self.rows) * self.channels, 0, self.channels, 1), 1
-        if self.config is not None:
-            self.block_a = min(self.config.block_a, configs.next_power(self.num_a))
-            self.parts = _cdiv(self.num_a, self.block_a)
-        else:
-            self.parts = 0
-        # Every program sums the weight gradients of some rows of one image: as many rows as leave enough programs.
+        # Every program of the tiled kernels sums the weight gradients of some rows of one image: as many rows as leave
+        # enough programs.
         pieces = max(1, min(_cdiv(self.rows, self.tiles.rows), 2 * self.arch.programs // max(self.batch, 1)))
         self.piece = _cdiv(_cdiv(self.rows, pieces), self.tiles.rows) * self.tiles.rows
-        self.pieces = self.batch * _cdiv(self.rows, self.piece)
+        self.pieces = self.batch * (_cdiv(self.rows, self.piece) if self.config is None else 1)
 
     def outside(self) -> tuple[int, ...]:
         return *self.s_grad, *self.s_gs, *self.s_x, *self.s_size, *self.s_tok
 
     def spread_flags(self) -> dict[str, Any]:
         return {
-            "BR": self.tiles.rows, "LISTED": self.listed, "SIZED": self.sized, "GRAD_SIZE": self.grad_sized,
+            "BR": self.spread_rows, "LISTED": self.listed, "SIZED": self.sized, "GRAD_SIZE": self.grad_sized,
             "NEED_X": self.need_x, "NEED_SIZE": self.need_size,
         }  # fmt: skip
 
@@ -425,10 +422,69 @@ def _backward(
     second: Tensor, mid: Tensor, grad_x: Tensor, grad_in_size: Tensor, grad_down: Tensor, grad_up: Tensor,
     grad_refined: Tensor, grad_key: Tensor,
 ) -> None:  # fmt: skip
-    t, config = q.tiles, q.config
+    config = q.config
     if grad_size is None:
         grad_size = grad_tokens
-    if q.spread and config is None:
+    weights = q.need_weights and q.keys
+    sums = q.new(i.x, q.pieces, 2, q.channels, q.hidden) if weights else i.key
+    if config is not None:
+        _backward_short(
+            q, config, i, grad_tokens, grad_size, tokens, merged_size, match, second, mid, grad_x, grad_in_size, grad_refined,
+            grad_key, sums,
+        )  # fmt: skip
+    else:
+        _backward_long(
+            q, i, grad_tokens, grad_size, tokens, merged_size, match, second, mid, grad_x, grad_in_size, grad_refined, grad_key,
+            sums,
+        )  # fmt: skip
+    if weights:
+        q.launch(
+            long.reduce_partials,
+            lambda: (
+                (_cdiv(2 * q.channels * q.hidden, 64),), (q.pieces, q.channels, q.hidden),
+                {"BP": 16, "BE": 64, "DOUBLE": q.double, "num_warps": 4},
+            ),
+            sums, grad_down, grad_up,
+        )  # fmt: skip
+
+
+def _backward_short(
+    q: _Gradient, config: configs.Short, i: _Inputs, grad_tokens: Tensor, grad_size: Tensor, tokens: Tensor,
+    merged_size: Tensor, match: Tensor, second: Tensor, mid: Tensor, grad_x: Tensor, grad_in_size: Tensor, grad_refined: Tensor,
+    grad_key: Tensor, sums: Tensor,
+) -> None:  # fmt: skip
+    # What a program puts aside for itself: k', in the parts that products take, its norm, the mean key; dk̂.
+    parts = norm = mean = i.key
+    if not q.raw:
+        planes, dtype = (3, torch.bfloat16) if q.split else (1, torch.float32)
+        parts = i.x.new_empty((q.batch, planes, q.rows, q.channels), dtype=dtype)
+    if q.cosine:
+        norm = q.new(i.x, q.batch, q.rows)
+    if q.mean:
+        mean = q.new(i.x, q.batch, q.rows, q.channels)
+    unit_grad = q.new(i.x, q.batch, q.rows, q.channels)
+    q.launch(
+        short.backward_short,
+        lambda: (
+            (q.batch * (1 + q.spread),),
+            (*q.outside(), *q.key_strides(), q.num_a, q.num_b, q.prefix, q.width, q.dim, q.channels, q.heads, q.hidden,
+             *q.scale, q.batch),
+            {"BA": min(config.block_a, configs.next_power(q.num_a)), "BD": config.block_d,
+             "BY": config.block_d * (1 if q.num_b > 128 else 2), "BK": min(config.rows, 8 * config.warps), "BF": config.rows,
+             "BS": q.spread_columns, "MEAN": q.mean, **q.spread_flags(), **q.short_flags(), "NEED_WEIGHTS": q.need_weights,
+             "NEED_REFINED": q.need_refined, "NEED_KEY": q.need_key, "num_warps": config.warps, "num_stages": config.stages},
+        ),
+        grad_tokens, grad_size, i.x, i.key, i.size, i.down, i.up, i.mask, i.delta, i.a, i.b, tokens, merged_size, match, second,
+        mid, parts, norm, mean, unit_grad, grad_x, grad_in_size, grad_refined, grad_key, sums,
+    )  # fmt: skip
+
+
+def _backward_long(
+    q: _Gradient, i: _Inputs, grad_tokens: Tensor, grad_size: Tensor, tokens: Tensor, merged_size: Tensor, match: Tensor,
+    second: Tensor, mid: Tensor, grad_x: Tensor, grad_in_size: Tensor, grad_refined: Tensor, grad_key: Tensor, sums: Tensor,
+) -> None:  # fmt: skip
+    t = q.tiles
+    if q.spread:
         q.launch(
             long.spread_gradient_kernel,
             lambda: (
@@ -459,46 +515,31 @@ def _backward(
         i.key, i.delta, i.down, i.up, i.mask, i.a, i.b, prepared, norm, mean,
         grad_tokens, grad_size, tokens, merged_size, gamma,
     )  # fmt: skip
-    unit_grad = partial = q.new(i.x, q.batch, q.rows, q.channels)
-    if config is not None:
-        partial = q.new(i.x, q.batch, q.parts, q.num_b, q.channels)
-        q.launch(
-            short.backward_short,
-            lambda: (
-                (q.batch * (q.parts + q.spread),),
-                (*q.outside(), q.num_a, q.num_b, q.prefix, q.width, q.dim, q.channels, q.parts, q.spread),
-                {"BA": q.block_a, "BB": q.short, "BC": configs.next_power(q.channels), "BD": config.block_d,
-                 "BS": q.spread_columns, "COSINE": q.cosine, "SPLIT": q.split, **q.spread_flags(),
-                 "num_warps": config.warps, "num_stages": config.stages},
-            ),
-            grad_tokens, grad_size, i.x, i.size, i.a, i.b, tokens, merged_size, match, second, mid,
-            prepared, norm, gamma, grad_x, grad_in_size, unit_grad, partial,
+    unit_grad = q.new(i.x, q.batch, q.rows, q.channels)
+    share = q.new(i.x, q.batch, q.num_a)
+
+    def tiles(blocks: int) -> Call:
+        return (
+            (q.batch * blocks, _cdiv(q.channels, t.block_c)),
+            (*q.s_grad, *q.s_x, *q.s_size, q.num_a, q.num_b, q.prefix, q.width, q.dim, q.channels),
+            {"BA": t.block_a, "BB": t.block_b, "BC": t.block_c, "BD": t.block_d, "LISTED": q.listed, "SIZED": q.sized,
+             "COSINE": q.cosine, "WHOLE": q.whole, "DOUBLE": q.double, "SPLIT": q.split, "num_warps": t.warps,
+             "num_stages": t.stages},
         )  # fmt: skip
-    else:
-        share = q.new(i.x, q.batch, q.num_a)
 
-        def tiles(blocks: int) -> Call:
-            return (
-                (q.batch * blocks, _cdiv(q.channels, t.block_c)),
-                (*q.s_grad, *q.s_x, *q.s_size, q.num_a, q.num_b, q.prefix, q.width, q.dim, q.channels),
-                {"BA": t.block_a, "BB": t.block_b, "BC": t.block_c, "BD": t.block_d, "LISTED": q.listed, "SIZED": q.sized,
-                 "COSINE": q.cosine, "WHOLE": q.whole, "DOUBLE": q.double, "SPLIT": q.split, "num_warps": t.warps,
-                 "num_stages": t.stages},
-            )  # fmt: skip
-
-        tensors = (grad_tokens, i.x, i.size, merged_size, gamma, prepared, norm, match, second, mid, i.a, share, unit_grad)
-        q.launch(long.row_pass, lambda: tiles(_cdiv(q.num_a, t.block_a)), *tensors)
-        q.launch(long.column_pass, lambda: tiles(_cdiv(q.num_b, t.block_b)), *tensors)
+    tensors = (grad_tokens, i.x, i.size, merged_size, gamma, prepared, norm, match, second, mid, i.a, share, unit_grad)
+    q.launch(long.row_pass, lambda: tiles(_cdiv(q.num_a, t.block_a)), *tensors)
+    q.launch(long.column_pass, lambda: tiles(_cdiv(q.num_b, t.block_b)), *tensors)
     q.launch(
         long.refined_gradient,
         lambda: (
             (q.batch * _cdiv(q.prefix + q.rows, t.rows),),
-            (q.num_a, q.rows, q.prefix, q.width, q.channels, q.heads, q.parts),
-            {"BR": t.rows, "BC": t.block_c, "PARTS": q.parts > 0, "LISTED": q.listed, "COSINE": q.cosine, "KEEP": q.through,
+            (q.num_a, q.rows, q.prefix, q.width, q.channels, q.heads),
+            {"BR": t.rows, "BC": t.block_c, "LISTED": q.listed, "COSINE": q.cosine, "KEEP": q.through,
              "NEED_REFINED": q.need_refined, "NEED_KEY": q.need_key and not q.refined, "DOUBLE": q.double, "num_warps": t.warps,
              "num_stages": t.stages},
         ),
-        unit_grad, partial, prepared, norm, i.a, i.b, grad_refined, grad_key,
+        unit_grad, prepared, norm, i.a, i.b, grad_refined, grad_key,
     )  # fmt: skip
     if q.need_key and q.refined:
         q.launch(
@@ -512,7 +553,6 @@ def _backward(
             unit_grad, mean, i.down, i.up, i.mask, i.a, i.b, grad_key,
         )  # fmt: skip
     if q.need_weights:
-        sums = q.new(i.x, q.pieces, 2, q.channels, q.hidden)
         q.launch(
             long.weight_partials,
             lambda: (
@@ -522,14 +562,6 @@ def _backward(
                 q.inner_flags(),
             ),
             unit_grad, mean, i.down, i.up, i.mask, i.a, i.b, sums,
-        )  # fmt: skip
-        q.launch(
-            long.reduce_partials,
-            lambda: (
-                (_cdiv(2 * q.channels * q.hidden, 64),), (q.pieces, q.channels, q.hidden),
-                {"BP": 16, "BE": 64, "DOUBLE": q.double, "num_warps": 4},
-            ),
-            sums, grad_down, grad_up,
         )  # fmt: skip
 
 

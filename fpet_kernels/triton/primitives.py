@@ -86,7 +86,7 @@ def _mma(a, b, acc):
 
 
 @triton.jit
-def _three(t):
+def split_float32(t):
     """t = high + middle + low in bfloat16; exact for float32 whose magnitude is not at the very ends of the range."""
     high = to_bfloat16(t)
     rest = t - high.to(tl.float32)
@@ -109,18 +109,18 @@ def exact_dot(a, b, acc, SPLIT: tl.constexpr):
     elif SPLIT:
         part = tl.zeros(acc.shape, tl.float32)  # matrix units truncate as they accumulate: keep their sums short
         if a.dtype == tl.bfloat16:
-            high, middle, low = _three(b.to(tl.float32))
+            high, middle, low = split_float32(b.to(tl.float32))
             part = _mma(a, low, part)
             part = _mma(a, middle, part)
             part = _mma(a, high, part)
         elif b.dtype == tl.bfloat16:
-            high, middle, low = _three(a.to(tl.float32))
+            high, middle, low = split_float32(a.to(tl.float32))
             part = _mma(low, b, part)
             part = _mma(middle, b, part)
             part = _mma(high, b, part)
         else:
-            a_high, a_middle, a_low = _three(a.to(tl.float32))
-            b_high, b_middle, b_low = _three(b.to(tl.float32))
+            a_high, a_middle, a_low = split_float32(a.to(tl.float32))
+            b_high, b_middle, b_low = split_float32(b.to(tl.float32))
             part = _mma(a_low, b_high, part)
             part = _mma(a_high, b_low, part)
             part = _mma(a_middle, b_middle, part)
@@ -130,6 +130,28 @@ def exact_dot(a, b, acc, SPLIT: tl.constexpr):
         return acc + part
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+
+
+@triton.jit
+def dot_of_parts(
+    a_high, a_middle, a_low, b_high, b_middle, b_low, acc, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr, SPLIT: tl.constexpr
+):
+    """acc + a b as :func:`exact_dot`, where the parts of float32 operands may be at hand; else an operand is its high part."""
+    if not (A_PARTS or B_PARTS):
+        return exact_dot(a_high, b_high, acc, SPLIT)
+    else:
+        if not A_PARTS:
+            a_high, a_middle, a_low = split_float32(a_high)
+        if not B_PARTS:
+            b_high, b_middle, b_low = split_float32(b_high)
+        part = tl.zeros(acc.shape, tl.float32)  # matrix units truncate as they accumulate: keep their sums short
+        part = _mma(a_low, b_high, part)
+        part = _mma(a_high, b_low, part)
+        part = _mma(a_middle, b_middle, part)
+        part = _mma(a_middle, b_high, part)
+        part = _mma(a_high, b_middle, part)
+        part = _mma(a_high, b_high, part)
+        return acc + part
 
 
 # --- positions -------------------------------------------------------------------------------------------------------
