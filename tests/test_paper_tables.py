@@ -20,7 +20,7 @@ if missing:
     pytest.skip(f"not installed: {', '.join(missing)} (extra 'fpet')", allow_module_level=True)
 
 import fpet  # noqa: E402
-from fpet import cli, tables  # noqa: E402
+from fpet import cli, comparators, data, pretrain, tables  # noqa: E402
 from fpet.adapters import METHODS  # noqa: E402
 from fpet.adapters.modules import PETModule  # noqa: E402
 from fpet.config import REDUCTIONS, ConfigError  # noqa: E402
@@ -381,6 +381,40 @@ def test_embedded_accuracies_seed_by_seed(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(accuracy, "train", lambda config: pytest.fail("what is finished is not trained again"))
 
 
+def test_untuned_accuracies_are_the_backbones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    source = data.PretrainingData()
+
+    def random_backbone(steps: int, seed: int) -> tuple[Any, str, float]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = pretrain.embedded_backbone(source.num_classes)
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.3)  # else all images are of one class
+        return model, source.source, 0.1
+
+    monkeypatch.setattr(pretrain, "pretrain", random_backbone)
+    monkeypatch.setattr(accuracy, "TEST_COUNT", 200)
+    arguments = ["--tables", "3", "--measure", "none", "--accuracy", "untuned", "--seeds", "0,1", "--set", "pretrain_steps=40"]
+    arguments += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "rows.jsonl")]
+    assert ran(*arguments) == 0
+    assert ", untuned; test accuracy in %" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    found = {row["reduction"]: row["measured"]["accuracies"] for row in rows}
+    assert set(found) == set(accuracy.UNTUNED)
+    # The same reductions, put in by hand, on the same images.
+    for name, values in found.items():
+        for seed, value in enumerate(values):
+            model = random_backbone(40, seed)[0].eval()
+            if name != "none":
+                comparators.apply(model, name)
+            images, labels, _ = source.batch(200, torch.Generator().manual_seed(1_000_003 + seed))
+            with torch.no_grad():
+                assert value == pytest.approx(100 * (model(images).argmax(1) == labels).double().mean().item(), abs=0.51), name
+        assert name == "none" or values != found["none"], name
+    monkeypatch.setattr(pretrain, "pretrain", lambda *args: pytest.fail("what is there is not trained again"))
+    assert ran(*arguments) == 0
+
+
 def test_spread_and_differences_by_hand() -> None:
     def row(reduction: str, *values: float) -> dict[str, Any]:
         return {"model": "embedded", "task": "count", "method": "lora", "reduction": reduction, "measured": {"accuracies": list(values)}}  # fmt: skip
@@ -479,6 +513,7 @@ TOGETHER = {
     "accuracy without data": (("--accuracy", "data"), "--data DIR"),
     "no such folder": (("--accuracy", "data", "--data", "gone"), "gone"),
     "no such task": (("--accuracy", "embedded", "--tasks", "cifar"), "cifar"),
+    "untuned has one task": (("--accuracy", "untuned", "--tasks", "count"), "embedded or data"),
     "tasks without accuracy": (("--tasks", "count"), "--accuracy"),
     "no such setting": (("--set", "epoch=3"), "epoch=3"),
     "no folder for the picture": (("--plot", "gone/x.png"), "gone"),

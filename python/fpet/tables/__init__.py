@@ -432,8 +432,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=_number(float, 0), default=DEFAULT_BUDGET,
         help=f"seconds of timing in all, default {DEFAULT_BUDGET:g}, but at least {measure.MIN_ROUNDS} rounds")  # fmt: skip
     add("--quick", action="store_true", help="a rough look: vits16, adaptformer and lora, 10 seconds of timing, tables 1, 3, 4")
-    add("--accuracy", choices=("none", "embedded", "data"), default="none",
-        help="embedded: tune on generated tasks; data: on --data by the paper's recipe; none (default)")  # fmt: skip
+    add("--accuracy", choices=("none", "embedded", "untuned", "data"), default="none",
+        help="embedded: tune on generated tasks; untuned: reduce the tokens of the embedded backbone as it was pre-trained; "
+        "data: tune on --data by the paper's recipe; none (default)")  # fmt: skip
     add("--data", metavar="DIR", help="folder of the data, in the format of fpet train")
     add("--family", choices=("vtab1k", "torchvision", "fgvc"), default="vtab1k", help="of the data; default vtab1k")
     add("--tasks", help="comma-separated; default: orientation (embedded), every task that DIR holds (data)")
@@ -465,7 +466,7 @@ def _complete(options: argparse.Namespace) -> None:
         raise ValueError(f"--data: expected a folder, got {options.data}")
     known = data.task_names("shapes" if options.accuracy == "embedded" else options.family)
     if options.tasks is not None:
-        if options.accuracy == "none":
+        if options.accuracy in ("none", "untuned"):
             raise ValueError(f"--tasks: expected --accuracy embedded or data with it, got --tasks {options.tasks} alone")
         options.tasks = options.tasks.split(",")
         if wrong := [task for task in options.tasks if task not in known]:
@@ -546,17 +547,26 @@ def _measure(options: argparse.Namespace) -> tuple[list[Row], _Collector]:
             collector.trained(with_accuracy, tasks)
             collector.left_out += [f"accuracy on {task}: {why}" for task, why in absent.items()]
         rows = [row for row in collector.rows.values() if row["measured"]]
-        if options.accuracy == "embedded":
+        if options.accuracy in ("embedded", "untuned"):
             rows += _embedded(options, bar)
     return rows, collector
 
 
 def _embedded(options: argparse.Namespace, bar: Any) -> list[Row]:
-    """Accuracies on the embedded tasks: every reduction, with AdaptFormer's binary form or the methods that were asked for."""
-    methods = options.methods if len(options.methods) < len(METHODS) else ["bi-adaptformer"]
-    variants = [Variant("embedded", method, reduction) for method in methods for reduction in REDUCTIONS]
-    tasks = options.tasks or ["orientation"]
-    found = accuracy.on_embedded(variants, tasks, options.seeds, Path(options.runs), options.set, bar.set_description)
+    """Accuracies on the embedded tasks, of every reduction: tuned with AdaptFormer's binary form or the methods that were asked
+    for, or untuned."""
+    found: list[Row]
+    if options.accuracy == "untuned":
+        task, by_reduction = accuracy.untuned(options.seeds, Path(options.runs), options.set, bar.set_description)
+        found = [
+            {"task": task, "method": "untuned", "reduction": name, "accuracies": values}
+            for name, values in by_reduction.items()
+        ]  # fmt: skip
+    else:
+        methods = options.methods if len(options.methods) < len(METHODS) else ["bi-adaptformer"]
+        variants = [Variant("embedded", method, reduction) for method in methods for reduction in REDUCTIONS]
+        tasks = options.tasks or ["orientation"]
+        found = accuracy.on_embedded(variants, tasks, options.seeds, Path(options.runs), options.set, bar.set_description)
     return [
         {
             "benchmark": "paper_tables", "model": "embedded", "method": entry["method"], "reduction": entry["reduction"],

@@ -1,18 +1,26 @@
-"""Accuracies of the tables, by training: on the embedded tasks, or on data that is at hand."""
+"""Accuracies of the tables: on the embedded tasks, by training or of the backbone as it is, or by training on data at hand."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
 from .. import data, pretrain
 from ..adapters import AdapterConfig
+from ..checkpoint import write_atomically
 from ..config import PRESETS, Config, ConfigError
-from ..data import VTAB_TASKS
-from ..train import sweep, train
+from ..data import VTAB_TASKS, PretrainingData, TensorTask
+from ..evaluate import evaluate
+from ..train import reduce_tokens, sweep, train
 from .measure import MODELS, Variant
 
 __all__ = [
@@ -23,6 +31,7 @@ __all__ = [
     "paper_config",
     "parse_settings",
     "present_tasks",
+    "untuned",
     "vtab_mean",
 ]
 
@@ -87,6 +96,47 @@ def on_embedded(
         for t in tasks
         for v in variants
     ]
+
+
+UNTUNED = ("none", "bsm-checkerboard", "bsm", "avg-pool", "max-pool", "tome")
+"""Reductions that learn nothing. FPET before its refinement has learned is "bsm-checkerboard"."""
+TEST_COUNT = 2000
+
+
+def untuned(seeds: Sequence[int], runs: Path, settings: dict[str, Any], tick: Tick) -> tuple[str, dict[str, list[float]]]:
+    """What reductions cost a backbone that has not met them: accuracy in percent on the task of its pre-training.
+
+    Each seed is a backbone of its own, kept in ``runs``, and 2000 images of its own, which all reductions see.
+
+    Returns:
+        "digits" or "shapes"; by reduction, a value for each seed.
+    """
+    found: dict[str, list[float]] = {name: [] for name in UNTUNED}
+    configs = {name: dataclasses.replace(Config(reduction=name), **settings) for name in UNTUNED}
+    for config in configs.values():
+        config.check()
+    source = PretrainingData()
+    for seed in seeds:
+        model = _pretrained(runs / "untuned", configs["none"].pretrain_steps, seed, source, tick)
+        images, labels, _ = source.batch(TEST_COUNT, torch.Generator().manual_seed(1_000_003 + seed))
+        for name, config in configs.items():
+            tick(f"untuned, {name}, seed {seed}")
+            reduced = reduce_tokens(copy.deepcopy(model), config).eval()
+            found[name].append(100 * evaluate(reduced, TensorTask(images, labels)).accuracy)
+    return source.source, found
+
+
+def _pretrained(folder: Path, steps: int, seed: int, source: PretrainingData, tick: Tick) -> nn.Module:
+    """The embedded backbone with the head of its pre-training; from the folder, where it was trained before."""
+    path = folder / f"{source.source}-{steps}-{seed}.safetensors"
+    if not path.is_file():
+        tick(f"pre-training, seed {seed}")
+        folder.mkdir(parents=True, exist_ok=True)
+        state: dict[str, Tensor] = pretrain.pretrain(steps, seed)[0].state_dict()
+        write_atomically(path, safetensors_bytes({name: value.contiguous() for name, value in state.items()}))
+    model = pretrain.embedded_backbone(source.num_classes)
+    model.load_state_dict(load_file(path))
+    return model
 
 
 def present_tasks(family: str, folder: Path, settings: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
