@@ -183,7 +183,7 @@ def merge_short(
     j = tl.arange(0, BB)
     b_mask = j < num_b
     token_b = destination_token(j, b_mask, p_split_b, prefix, width, LISTED)
-    key_b, _ = _refined_key(
+    key_b, _unrefined_b = _refined_key(  # not "_": Triton would carry that through the loop below
         p_key, p_delta, p_down, p_up, p_mask, stride_key_h, stride_key_n, stride_key_c, stride_delta_n, stride_delta_c,
         stride_down_h, stride_down_c, stride_up_c, stride_up_h, stride_mask_n, stride_mask_h, token_b, b_mask, channels, heads,
         hidden, scale, BC, BH, REFINED, MASKED, DELTA, RAW, SPLIT, 1,
