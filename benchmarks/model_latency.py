@@ -49,7 +49,6 @@ try:
     import torch
     import torch.nn.functional as F
     from torch import Tensor, nn
-    from torch.utils.flop_counter import FlopCounterMode
 
     import fpet
     import fpet_kernels
@@ -59,6 +58,7 @@ except ImportError as missing:
 import cases
 import timing
 from fpet.block import FPETBlock
+from fpet.flops import flop_counter
 from fpet.merging import MergeStep
 from fpet_kernels import Merged, backends
 
@@ -311,7 +311,7 @@ def complaint(name: str, model: Any, base: nn.Module, layer: int, images: Tensor
 
 def flops(model: nn.Module, images: Tensor, labels: Tensor, setting: Setting) -> int:
     """Of one image: the forward, in training also the backward."""
-    with FlopCounterMode(display=False) as counter, autocast(images.device, setting), torch.set_grad_enabled(setting.training):
+    with flop_counter() as counter, autocast(images.device, setting), torch.set_grad_enabled(setting.training):
         out = model(images[:1])
         if setting.training:
             loss_of(out, labels[:1]).backward()

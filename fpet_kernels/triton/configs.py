@@ -137,7 +137,7 @@ _BACKWARD_SM90 = _BACKWARD | {
 }
 _BACKWARD_GFX942 = _BACKWARD | {
     (2, True, 128): Short(32, 64, 4, 2, 64),
-    (2, False, 128): Short(32, 64, 4, 2, 64),
+    (2, False, 128): Short(32, 64, 4, 2, 32),
     (4, True, 128): Short(64, 32, 4, 2, 64),
     (4, False, 128): Short(16, 32, 4, 2),
 }

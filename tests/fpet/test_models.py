@@ -8,10 +8,10 @@ import pytest
 import timm
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import fpet
 import fpet_kernels as fk
+from fpet.flops import flop_counter
 from fpet.merging import kept_positions, merge_splits
 
 TINY = dict(img_size=(32, 48), patch_size=8, embed_dim=96, depth=5, num_heads=4, num_classes=5)  # 4×6 patches
@@ -338,6 +338,6 @@ def test_flops_are_those_of_the_paper(name: str, layer: int, paper: float) -> No
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0).eval()
     fpet.apply(model, layer=layer)
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FakeTensorMode(allow_non_fake_inputs=True), flop_counter() as counter, torch.no_grad():
         model.to_empty(device="cpu")(torch.empty(1, 3, 224, 224))
     assert counter.get_total_flops() / 2e9 == pytest.approx(paper, rel=0.01)
