@@ -95,6 +95,17 @@ def split_float32(t):
 
 
 @triton.jit
+def _six_products(a_high, a_middle, a_low, b_high, b_middle, b_low, part):
+    """part + a b of float32 operands in three bfloat16 parts each, small terms first."""
+    part = _mma(a_low, b_high, part)
+    part = _mma(a_high, b_low, part)
+    part = _mma(a_middle, b_middle, part)
+    part = _mma(a_middle, b_high, part)
+    part = _mma(a_high, b_middle, part)
+    return _mma(a_high, b_high, part)
+
+
+@triton.jit
 def exact_dot(a, b, acc, SPLIT: tl.constexpr):
     """acc + a b to float32 accuracy (float64 for float64 operands), never through tf32.
 
@@ -121,12 +132,7 @@ def exact_dot(a, b, acc, SPLIT: tl.constexpr):
         else:
             a_high, a_middle, a_low = split_float32(a.to(tl.float32))
             b_high, b_middle, b_low = split_float32(b.to(tl.float32))
-            part = _mma(a_low, b_high, part)
-            part = _mma(a_high, b_low, part)
-            part = _mma(a_middle, b_middle, part)
-            part = _mma(a_middle, b_high, part)
-            part = _mma(a_high, b_middle, part)
-            part = _mma(a_high, b_high, part)
+            part = _six_products(a_high, a_middle, a_low, b_high, b_middle, b_low, part)
         return acc + part
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
@@ -145,12 +151,7 @@ def dot_of_parts(
         if not B_PARTS:
             b_high, b_middle, b_low = split_float32(b_high)
         part = tl.zeros(acc.shape, tl.float32)  # matrix units truncate as they accumulate: keep their sums short
-        part = _mma(a_low, b_high, part)
-        part = _mma(a_high, b_low, part)
-        part = _mma(a_middle, b_middle, part)
-        part = _mma(a_middle, b_high, part)
-        part = _mma(a_high, b_middle, part)
-        part = _mma(a_high, b_high, part)
+        part = _six_products(a_high, a_middle, a_low, b_high, b_middle, b_low, part)
         return acc + part
 
 
