@@ -185,6 +185,14 @@ def _nothing_computed(model: nn.Module) -> Iterator[nn.Module]:
         yield model.to_empty(device="cpu")
 
 
+@contextmanager
+def _step_not_computed(variant: Variant, batch: int, attention: str) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
+    """Model, images and labels of a step of tuning, under :func:`_nothing_computed`."""
+    side, base = MODELS[variant.model].image_size, backbone(variant.model, torch.device("meta"), attention)
+    with _nothing_computed(build(base, variant, training=True)) as model:
+        yield model, torch.empty(batch, 3, side, side), torch.empty(batch, dtype=torch.long)
+
+
 def gmac(variant: Variant) -> float:
     """10⁹ multiply-adds of the forward of one image: half of the FLOPs that torch's counter counts.
 
@@ -217,11 +225,9 @@ def training_bytes(
         model = build(backbone(variant.model, device, attention), variant, training=True)
         images, labels = inputs(side, batch, device)
         return step_memory(model, images, labels, amp=amp).peak - before, "peak of PyTorch's allocator"
-    base = backbone(variant.model, torch.device("meta"), attention)
     try:
-        with _nothing_computed(build(base, variant, training=True)) as model:
-            memory = step_memory(model, torch.empty(batch, 3, side, side), torch.empty(batch, dtype=torch.long), amp=amp)
-        return memory.peak, "storages alive at once, counted"
+        with _step_not_computed(variant, batch, attention) as step:
+            return step_memory(*step, amp=amp).peak, "storages alive at once, counted"
     except DynamicOutputShapeException:
         # Indices are computed from values, so they have to be; bytes grow by as much with each further image.
         model = build(backbone(variant.model, device, attention), variant, training=True)
@@ -235,13 +241,12 @@ def reserved_bytes(
     """What PyTorch's caching allocator takes from a GPU for steps of tuning, and how that was found: on CUDA by asking it, of
     the whole process; elsewhere by simulation, without computing.
     """
-    side = MODELS[variant.model].image_size
     if device.type == "cuda":
         model = build(backbone(variant.model, device, attention), variant, training=True)
-        return reserved_memory(model, *inputs(side, batch, device), amp=amp), "PyTorch's allocator"
-    with _nothing_computed(build(backbone(variant.model, torch.device("meta"), attention), variant, training=True)) as model:
-        images, labels = torch.empty(batch, 3, side, side), torch.empty(batch, dtype=torch.long)
-        return reserved_memory(model, images, labels, amp=amp), "PyTorch's allocator, simulated"
+        images, labels = inputs(MODELS[variant.model].image_size, batch, device)
+        return reserved_memory(model, images, labels, amp=amp), "PyTorch's allocator"
+    with _step_not_computed(variant, batch, attention) as step:
+        return reserved_memory(*step, amp=amp), "PyTorch's allocator, simulated"
 
 
 def inputs(side: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
