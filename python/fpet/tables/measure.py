@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import fpet
 
 from .. import comparators
 from ..adapters.methods import _FOLD
+from ..flops import flop_counter
 from ..ltmp import PENALTY
 from ..memory import reserved_memory, step_memory
 
@@ -194,19 +194,16 @@ def _step_not_computed(variant: Variant, batch: int, attention: str) -> Iterator
 
 
 def gmac(variant: Variant) -> float:
-    """10⁹ multiply-adds of the forward of one image: half of the FLOPs that torch's counter counts.
-
-    Attention is counted unfused: torch before 2.15 counts nothing for the CPU's fused kernel, which multiplies as much.
-    """
-    base, side = backbone(variant.model, torch.device("meta"), "plain"), MODELS[variant.model].image_size
-    counter = FlopCounterMode(display=False)
+    """10⁹ multiply-adds of the forward of one image: half of the FLOPs that :func:`fpet.flops.flop_counter` counts."""
+    base, side = backbone(variant.model, torch.device("meta")), MODELS[variant.model].image_size
+    counter = flop_counter()
     try:
         with _nothing_computed(build(base, variant, training=False)) as model, counter, torch.no_grad():
             model(torch.empty(1, 3, side, side))
     except DynamicOutputShapeException:  # how many tokens stay depends on the image
-        counter = FlopCounterMode(display=False)
+        counter = flop_counter()
         image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-        real = build(backbone(variant.model, torch.device("cpu"), "plain"), variant, training=False)
+        real = build(backbone(variant.model, torch.device("cpu")), variant, training=False)
         with counter, torch.no_grad():
             real(image)
     return float(counter.get_total_flops()) / 2e9
