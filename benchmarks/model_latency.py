@@ -57,9 +57,9 @@ except ImportError as missing:
 
 import cases
 import timing
-from fpet.block import FPETBlock
-from fpet.flops import flop_counter
-from fpet.merging import MergeStep
+from fpet.measure.flops import flop_counter
+from fpet.vit.block import FPETBlock
+from fpet.vit.merging import MergeStep
 from fpet_kernels import Merged, backends
 
 Row = dict[str, Any]

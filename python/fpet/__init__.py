@@ -5,12 +5,12 @@
 """
 
 from .adapters import AdapterConfig, add_adapters, fold, remove_adapters
-from .freeze import ParameterCount, count_parameters, freeze
-from .models import MergeConfig, MergedFeatures, merged_features
-from .patch import apply, merged, remove
-from .refinement import KeyRefinement
-from .saving import import_authors, import_petl_vit, load, save
-from .visualize import Visualization, visualize
+from .adapters.freezing import ParameterCount, count_parameters, freeze
+from .files.saving import import_authors, import_petl_vit, load, save
+from .layers.refinement import KeyRefinement
+from .visualization import Visualization, visualize
+from .vit.models import MergeConfig, MergedFeatures, merged_features
+from .vit.patch import apply, merged, remove
 
 __all__ = [
     "AdapterConfig",

@@ -26,10 +26,10 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("fpet.train", "tune a backbone, with merged tokens; without options on an embedded task"),
-    "evaluate": Command("fpet.evaluate", "accuracy of what a finished run tuned"),
-    "tables": Command("fpet.tables", "the tables of the paper, measured here, beside what was published"),
-    "visualize": Command("fpet.visualize", "picture and report of the patches that a model merges in an image"),
+    "train": Command("fpet.train.run", "tune a backbone, with merged tokens; without options on an embedded task"),
+    "evaluate": Command("fpet.train.evaluation", "accuracy of what a finished run tuned"),
+    "tables": Command("fpet.tables.command", "the tables of the paper, measured here, beside what was published"),
+    "visualize": Command("fpet.visualization", "picture and report of the patches that a model merges in an image"),
     "doctor": Command("fpet.doctor", "which backends are active on this machine, which are not, and why"),
 }
 

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from fpet_kernels import Merged
 
-from . import saving
+from .adapters.freezing import head_modules, parameter_roles
 from .adapters.methods import hook, transformer_blocks
-from .adapters.modules import BottleneckAdapter, FacTFactors, PETModule, Prompts
-from .block import convert
-from .freeze import head_modules, parameter_roles
-from .merging import MergeStep
-from .models import MergeConfig
-from .patch import apply, find_model
+from .files import saving
+from .layers.modules import BottleneckAdapter, FacTFactors, PETModule, Prompts
+from .vit.block import convert
+from .vit.merging import MergeStep
+from .vit.models import MergeConfig
+from .vit.patch import apply, find_model
 
 __all__ = ["MultiTask"]
 

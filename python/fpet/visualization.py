@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from fpet_kernels.reference import average_heads, compute_dtype, match_scores, refine_key
 
-from .merging import MergeStep
-from .models import merged_features
-from .patch import find_model
+from .vit.merging import MergeStep
+from .vit.models import merged_features
+from .vit.patch import find_model
 
 __all__ = ["Visualization", "visualize"]
 
@@ -291,8 +291,8 @@ def _build(options: argparse.Namespace) -> nn.Module:
     """The model that the options ask for, merging."""
     import timm
 
-    from .patch import apply
-    from .saving import load
+    from .files.saving import load
+    from .vit.patch import apply
 
     arguments: dict[str, Any] = {"img_size": options.image_size} if options.image_size else {}
     if options.weights:

@@ -15,7 +15,7 @@ from torch import nn
 
 import fpet
 import fpet_kernels as fk
-from fpet.visualize import _draw, _recording
+from fpet.visualization import _draw, _recording
 
 TINY = dict(img_size=(32, 48), patch_size=8, embed_dim=96, depth=4, num_heads=4, num_classes=5)  # 4×6 patches
 MODELS = {
@@ -61,7 +61,7 @@ def seen_merges(model: nn.Module, x: torch.Tensor, monkeypatch: pytest.MonkeyPat
         return merged
 
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr("fpet.merging.bdm_merge", spy)
+        patch.setattr("fpet.vit.merging.bdm_merge", spy)
         model(x)
     return seen
 

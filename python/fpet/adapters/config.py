@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..quantize import BITS
+from ..layers.quantize import BITS
 
 __all__ = ["METHODS", "AdapterConfig"]
 

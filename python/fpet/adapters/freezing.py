@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .adapters.modules import PETModule
-from .quantize import QuantizedLinear, packed_size
+from ..layers.modules import PETModule
+from ..layers.quantize import QuantizedLinear, packed_size
 
 __all__ = ["ParameterCount", "count_parameters", "freeze", "head_modules", "parameter_roles"]
 

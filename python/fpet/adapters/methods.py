@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import block as fpet_block
+from ..layers.modules import BottleneckAdapter, FacT, FacTFactors, PETModule, Prompts, RepAdapter, ScaleShift
+from ..vit import block as fpet_block
 from .config import AdapterConfig
-from .modules import BottleneckAdapter, FacT, FacTFactors, PETModule, Prompts, RepAdapter, ScaleShift
 
 __all__ = ["add_adapters", "fold", "remove_adapters", "transformer_blocks"]
 

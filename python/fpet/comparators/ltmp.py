@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from fpet_kernels import Merged
 
-from .adapters.modules import PETModule
-from .attention import FPETAttention
+from ..layers.modules import PETModule
+from ..vit.attention import FPETAttention
 
 __all__ = ["PENALTY", "LTMPAttention", "Thresholds", "flops_ratio", "target_ratio"]
 

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from fpet_kernels import KeyRefinement as RefinementWeights
 from fpet_kernels import Merged, alternating, bdm_merge, checkerboard
 
-from . import patch
-from .attention import FPETAttention
-from .block import FPETBlock, key_channels
+from ..layers.refinement import KeyRefinement
+from ..vit import patch
+from ..vit.attention import FPETAttention
+from ..vit.block import FPETBlock, key_channels
+from ..vit.merging import SizeBias
+from ..vit.models import FPETVisionTransformer, _Encoded
 from .ltmp import LTMPAttention, Thresholds, flops_ratio, target_ratio
-from .merging import SizeBias
-from .models import FPETVisionTransformer, _Encoded
-from .refinement import KeyRefinement
 
 __all__ = ["COMPARATORS", "Reducer", "apply", "flops_target", "remove"]
 
@@ -132,7 +132,7 @@ class ToMe(Reducer):
 
 
 class LTMP(Reducer):
-    """Learned thresholds on merging and pruning: see :mod:`fpet.ltmp`. Its sizes are (B, N, 2): size, and present or not."""
+    """Learned thresholds on merging and pruning: see :class:`Thresholds`. Its sizes are (B, N, 2): size, and present or not."""
 
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
@@ -184,7 +184,7 @@ class ReducedVisionTransformer(FPETVisionTransformer):
         return traced
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, with_flops: bool = False) -> Any:
-        """timm's; with ``with_flops``, for LTMP, the scores and :func:`fpet.ltmp.flops_ratio` with gradient."""
+        """timm's; with ``with_flops``, for LTMP, the scores and :func:`fpet.comparators.ltmp.flops_ratio` with gradient."""
         if with_flops and self.fpet_target is None:
             raise ValueError("with_flops: expected LTMP, got another comparator")
         encoded: Any = self._encode(x, attn_mask, is_causal)
@@ -198,7 +198,7 @@ def _follow(source: Tensor, match: Tensor) -> Tensor:
 
 
 class _Step(NamedTuple):
-    """Stands in for :class:`fpet.merging.MergeStep` in a block."""
+    """Stands in for :class:`fpet.vit.merging.MergeStep` in a block."""
 
     reducer: Reducer
     size: Tensor

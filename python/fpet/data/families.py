@@ -15,7 +15,7 @@ from .lists import FGVC_TASKS, VTAB_TASKS, ImageList, check_folder
 from .shapes import SHAPE_TASKS, draw, shapes_task
 
 if TYPE_CHECKING:
-    from ..config import Config
+    from ..train.config import Config
 
 __all__ = [
     "FAMILIES",

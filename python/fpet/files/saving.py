@@ -3,7 +3,7 @@
 A file of ours is a safetensors file. Its metadata entry ``fpet`` is JSON: format version; adapter and merging settings;
 number of classes; name and SHA-256 of the frozen backbone; shape and bits of each quantised weight; SHA-256 of the tensors.
 Its tensors are what :func:`fpet.freeze` leaves trainable, by name; a quantised weight is uint8 as
-:func:`fpet.quantize.pack` makes it: codes, least significant bits first, then float32 mean and std.
+:func:`fpet.layers.quantize.pack` makes it: codes, least significant bits first, then float32 mean and std.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from .adapters import AdapterConfig, add_adapters
-from .adapters.methods import transformer_blocks
-from .freeze import head_modules, parameter_roles
-from .ltmp import Thresholds
-from .models import MergeConfig
-from .patch import apply
-from .quantize import QuantizedLinear, latent_weight, levels, pack, packed_size, unpack
-from .refinement import KeyRefinement
+from ..adapters import AdapterConfig, add_adapters
+from ..adapters.freezing import head_modules, parameter_roles
+from ..adapters.methods import transformer_blocks
+from ..comparators.ltmp import Thresholds
+from ..layers.quantize import QuantizedLinear, latent_weight, levels, pack, packed_size, unpack
+from ..layers.refinement import KeyRefinement
+from ..vit.models import MergeConfig
+from ..vit.patch import apply
 
 __all__ = ["backbone_hash", "import_authors", "import_petl_vit", "load", "save"]
 

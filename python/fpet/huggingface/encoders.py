@@ -3,7 +3,7 @@
 >>> model = BlipForImageTextRetrieval.from_pretrained("Salesforce/blip-itm-base-flickr")
 >>> fpet.huggingface.apply(model, layer=6, refinement=True)
 
-As in :mod:`fpet.patch`, the classes of one model's encoder, layers and attentions are swapped for subclasses of their own;
+As in :mod:`fpet.vit.patch`, the classes of one model's encoder, layers and attentions are swapped for subclasses of their own;
 parameters, names and hooks stay, no class of transformers is changed, and token sizes travel as values. Whoever reads
 ``last_hidden_state`` gets every original position, so language models, captioners and pooling heads go on working: attending
 to a merged token at each position it stands for is the same as adding the logarithm of its size to its score. BLIP's
@@ -27,10 +27,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fpet_kernels import Split
 
-from .attention import attend
-from .merging import MergeStep, SizeBias, merge_splits, unmerge
-from .models import MergeConfig, MergedFeatures
-from .patch import _check_layers, _check_refinement
+from ..vit.attention import attend
+from ..vit.merging import MergeStep, SizeBias, merge_splits, unmerge
+from ..vit.models import MergeConfig, MergedFeatures
+from ..vit.patch import _check_layers, _check_refinement
 
 try:
     from transformers import PreTrainedModel
@@ -647,7 +647,7 @@ def apply(
 def remove(model: nn.Module) -> nn.Module:
     """Undoes :func:`apply`: classes are transformers' again, refinements are gone. Returns ``model``.
 
-    With adapters in the encoder's layers (:func:`fpet.uniadapter.add_uniadapters`) these stay, and nothing is merged.
+    With adapters in the encoder's layers (:func:`fpet.retrieval.uniadapter.add_uniadapters`) these stay, and nothing is merged.
     """
     encoder: Any = next((m for m in model.modules() if isinstance(m, _MergingEncoder)), None)
     if encoder is None:

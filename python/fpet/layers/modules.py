@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..quantize import BITS, QuantizedLinear
+from .quantize import BITS, QuantizedLinear
 
 __all__ = ["BottleneckAdapter", "FacT", "FacTFactors", "PETModule", "Prompts", "RepAdapter", "ScaleShift"]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fpet_kernels
 
-from .adapters.modules import BottleneckAdapter
+from .modules import BottleneckAdapter
 
 __all__ = ["KeyRefinement"]
 

@@ -38,15 +38,16 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from tqdm import tqdm
 
-from . import checkpoint, huggingface
-from .config import Config
-from .data.base import epoch_order
-from .data.captions import WORDS, write_folder
-from .data.flickr30k import ImageTextSplit, check_folder, load_split
-from .freeze import freeze as freeze_backbone
-from .huggingface import ImageTokens, encode_image, encode_text, match_logits
-from .saving import _digest
-from .train import _first_decides, _gather, _process_group, pick_device
+from .. import huggingface
+from ..adapters.freezing import freeze as freeze_backbone
+from ..data.base import epoch_order
+from ..data.captions import WORDS, write_folder
+from ..data.flickr30k import ImageTextSplit, check_folder, load_split
+from ..files import checkpoint
+from ..files.saving import _digest
+from ..huggingface import ImageTokens, encode_image, encode_text, match_logits
+from ..train.config import Config
+from ..train.run import _first_decides, _gather, _process_group, pick_device
 from .uniadapter import add_uniadapters
 
 __all__ = [
@@ -81,7 +82,7 @@ class RetrievalConfig:
     Attributes:
         merge: whether half of the image tokens are merged. layer: 0-based, in which layer; None: the middle one.
         refine: learn the key's refinement. attention: see :func:`fpet.huggingface.apply`.
-        adapter_dim, adapter_scale, key_value_dim: see :func:`fpet.uniadapter.add_uniadapters`.
+        adapter_dim, adapter_scale, key_value_dim: see :func:`fpet.retrieval.uniadapter.add_uniadapters`.
         temperature: of the contrastive loss, fixed.
         queue_size: features of earlier batches that each batch is contrasted with; 0: neither queue nor momentum encoder.
         momentum: of the encoder that they come from. alpha: share of its opinion in the targets, from the second epoch on.
@@ -988,7 +989,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters.modules import PETModule
-from .huggingface import convert, restore, vision_layers  # first: it says what to install where transformers is missing
+from ..huggingface.encoders import convert, restore, vision_layers  # first: it says what to install where transformers is missing
+from ..layers.modules import PETModule
 
 # isort: split
 from transformers.models.blip import modeling_blip, modeling_blip_text

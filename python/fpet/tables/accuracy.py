@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from .. import data, pretrain
+from .. import data
 from ..adapters import AdapterConfig
-from ..checkpoint import write_atomically
-from ..config import PRESETS, Config, ConfigError
 from ..data import VTAB_TASKS, PretrainingData, TensorTask
-from ..evaluate import evaluate
-from ..train import reduce_tokens, sweep, train
+from ..files.checkpoint import write_atomically
+from ..train import pretrain
+from ..train.config import PRESETS, Config, ConfigError
+from ..train.evaluation import evaluate
+from ..train.run import reduce_tokens, sweep, train
 from .measure import MODELS, Variant
 
 __all__ = [

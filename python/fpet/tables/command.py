@@ -34,8 +34,8 @@ from fpet_kernels import backends
 
 from .. import data
 from ..adapters import METHODS
-from ..config import REDUCTIONS
-from ..freeze import count_parameters
+from ..adapters.freezing import count_parameters
+from ..train.config import REDUCTIONS
 from . import accuracy, measure, render
 from .measure import CLOCKS, MODELS, Variant
 from .published import lookup

@@ -20,9 +20,9 @@ import fpet
 
 from .. import comparators
 from ..adapters.methods import _FOLD
-from ..flops import flop_counter
-from ..ltmp import PENALTY
-from ..memory import reserved_memory, step_memory
+from ..comparators.ltmp import PENALTY
+from ..measure.flops import flop_counter
+from ..measure.memory import reserved_memory, step_memory
 
 __all__ = [
     "CLOCKS", "FOLDED", "MODELS", "Backbone", "Variant", "backbone", "build", "complaint", "forward_call", "gmac", "inputs",
@@ -194,7 +194,7 @@ def _step_not_computed(variant: Variant, batch: int, attention: str) -> Iterator
 
 
 def gmac(variant: Variant) -> float:
-    """10⁹ multiply-adds of the forward of one image: half of the FLOPs that :func:`fpet.flops.flop_counter` counts."""
+    """10⁹ multiply-adds of the forward of one image: half of the FLOPs that :func:`fpet.measure.flops.flop_counter` counts."""
     base, side = backbone(variant.model, torch.device("meta")), MODELS[variant.model].image_size
     counter = flop_counter()
     try:
@@ -213,7 +213,7 @@ def training_bytes(
     variant: Variant, batch: int, device: torch.device, attention: str = "fused", amp: bool = False
 ) -> tuple[int, str]:
     """The most memory that a step of tuning takes at ``batch`` images, weights and AdamW's state included, and how that was
-    found: on CUDA by PyTorch's allocator; elsewhere counted by :mod:`fpet.memory`, without computing.
+    found: on CUDA by PyTorch's allocator; elsewhere counted by :mod:`fpet.measure.memory`, without computing.
     """
     side = MODELS[variant.model].image_size
     if device.type == "cuda":

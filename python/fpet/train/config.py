@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .adapters import METHODS, AdapterConfig
-from .data import FAMILIES, task_names
+from ..adapters import METHODS, AdapterConfig
+from ..data import FAMILIES, task_names
 
 __all__ = ["PRESETS", "REDUCTIONS", "Config", "ConfigError", "add_arguments", "from_arguments"]
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from .data import Dataset, batches
+from ..data import Dataset, batches
 
 __all__ = ["Score", "add_arguments", "evaluate", "evaluate_run", "run"]
 
@@ -79,9 +79,9 @@ def evaluate_run(folder: str | Path, **changes: Any) -> Score:
     Raises:
         FileNotFoundError: the run has not finished. ConfigError, ValueError: a change or a file does not fit.
     """
-    from . import data
+    from .. import data
     from .config import Config
-    from .train import load_tuned, pick_device
+    from .run import load_tuned, pick_device
 
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):

@@ -12,8 +12,8 @@ from safetensors.torch import save as save_safetensors
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
-from .checkpoint import write_atomically
-from .data import PretrainingData
+from ..data import PretrainingData
+from ..files.checkpoint import write_atomically
 
 __all__ = ["embedded_backbone", "load_backbone", "pretrain", "save_backbone"]
 

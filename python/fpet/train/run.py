@@ -1,6 +1,6 @@
 """``fpet train``: tunes a frozen backbone with a PET method and merged tokens; resumes where it was killed.
 
->>> from fpet.config import Config
+>>> from fpet.train.config import Config
 >>> from fpet.train import train
 >>> print(train(Config(output="runs/mine")).table())
 """
@@ -31,15 +31,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from . import checkpoint, comparators, data, pretrain, saving, sharding
-from .adapters import add_adapters
+from .. import comparators, data
+from ..adapters import add_adapters
+from ..adapters.freezing import count_parameters, freeze, parameter_roles
+from ..comparators.ltmp import PENALTY
+from ..data import Splits, batches, epoch_order
+from ..files import checkpoint, saving
+from ..vit.patch import apply, find_model
+from . import pretrain, sharding
 from .config import EMBEDDED_MODEL, REDUCTIONS, Config, ConfigError, from_arguments
 from .config import add_arguments as add_config_arguments
-from .data import Splits, batches, epoch_order
-from .evaluate import evaluate
-from .freeze import count_parameters, freeze, parameter_roles
-from .ltmp import PENALTY
-from .patch import apply, find_model
+from .evaluation import evaluate
 
 __all__ = ["Result", "add_arguments", "build_model", "compare", "learning_rate", "run", "sweep", "train"]
 

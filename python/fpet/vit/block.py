@@ -39,7 +39,7 @@ __all__ = ["convert", "is_converted", "key_channels", "restore", "why_not"]
 class _MergingBlock(nn.Module):
     """The order of things in a block. Keyword arguments on top of timm's, the same everywhere:
 
-    - sizes, kept: for the attention, see :mod:`fpet.attention`.
+    - sizes, kept: for the attention, see :mod:`fpet.vit.attention`.
     - merge: a :class:`MergeStep`. The block then returns :class:`fpet_kernels.Merged` instead of its tokens alone.
     """
 

@@ -50,7 +50,7 @@ class SizeBias(NamedTuple):
 
     Attributes:
         log_size: (B, N), float32 or float64.
-        form: "auto", "mask" or "column"; see :func:`fpet.attention.attend`.
+        form: "auto", "mask" or "column"; see :func:`fpet.vit.attention.attend`.
     """
 
     log_size: Tensor

@@ -52,7 +52,7 @@ def apply(
             as it is there already, or none. True: a new KeyRefinement where there is none. A dict: its arguments, for a new
             one. A module: that one, or for several layers a dict from layer to module. False: taken away.
         proportional_attention: a token that stands for several counts as several in later attention (adds log size to the
-            scores). True chooses how, "mask" and "column" decide: see :func:`fpet.attention.attend`. False: off.
+            scores). True chooses how, "mask" and "column" decide: see :func:`fpet.vit.attention.attend`. False: off.
         similarity: "cosine" as the authors' code computes, or "dot" as the paper prints.
         backend: of :func:`fpet_kernels.bdm_merge`; None takes the best one available.
 
@@ -212,7 +212,7 @@ def _check_refinement(
         return dict(refinement)
     if refinement is not True and not isinstance(refinement, dict):
         raise TypeError(f"refinement: expected True, False, None, a module or a dict, got {type(refinement).__name__}")
-    from .refinement import KeyRefinement
+    from ..layers.refinement import KeyRefinement
 
     arguments = {} if refinement is True else refinement
     modules: dict[int, nn.Module] = {}

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import fpet
 from fpet import comparators
-from fpet.comparators import COMPARATORS, Matching, Pooling, ToMe, _Tokens
-from fpet.config import REDUCTIONS
-from fpet.ltmp import PENALTY, Thresholds
+from fpet.comparators.ltmp import PENALTY, Thresholds
+from fpet.comparators.reducers import COMPARATORS, Matching, Pooling, ToMe, _Tokens
+from fpet.train.config import REDUCTIONS
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, num_classes=5)
 LEFT = {

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from fpet import data
-from fpet.config import Config
 from fpet.data import check_folder, epoch_order, image_transform, shapes_task
 from fpet.data.lists import VTAB_TASKS, read_list
 from fpet.data.shapes import KINDS, SHAPE_TASKS, Shapes, draw
+from fpet.train.config import Config
 
 
 def generator(seed: int = 0) -> torch.Generator:

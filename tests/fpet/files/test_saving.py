@@ -14,8 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 import fpet
 from fpet.adapters import METHODS, PETModule
-from fpet.quantize import QuantizedLinear, levels, packed_size
-from fpet.saving import backbone_hash
+from fpet.files.saving import backbone_hash
+from fpet.layers.quantize import QuantizedLinear, levels, packed_size
 
 
 def backbone(seed=0, **options):
@@ -270,7 +270,7 @@ def test_saving_follows_the_umask(tmp_path):
 
 
 # --- published formats -----------------------------------------------------------------------------------------------
-# Written here byte by byte from the formats' description, independently of fpet.quantize.pack.
+# Written here byte by byte from the formats' description, independently of fpet.layers.quantize.pack.
 
 
 def published_layer(layer, generator, bits=1):
@@ -415,7 +415,7 @@ def test_loading_needs_no_second_copy_of_the_backbone(tmp_path):
     # What is checked before the model is touched has no memory: the rehearsal's parameters are on the meta device.
     fpet.save(tuned("lora"), tmp_path / "tuned")
     model = backbone()
-    twin = fpet.saving._meta_copy(model)
+    twin = fpet.files.saving._meta_copy(model)
     assert {p.device.type for p in twin.parameters()} == {"meta"}
     assert twin.state_dict().keys() == model.state_dict().keys()
     kept = copy.deepcopy(model.state_dict())

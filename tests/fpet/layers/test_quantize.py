@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpet.quantize import BITS, QuantizedLinear, latent_weight, levels, pack, packed_size, quantize_weight, unpack
+from fpet.layers.quantize import BITS, QuantizedLinear, latent_weight, levels, pack, packed_size, quantize_weight, unpack
 
 
 def weight(*shape, seed=0, dtype=torch.float32):

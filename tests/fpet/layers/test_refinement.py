@@ -5,7 +5,7 @@ import torch
 
 import fpet
 import fpet_kernels
-from fpet.quantize import quantize_weight
+from fpet.layers.quantize import quantize_weight
 
 
 def refined(**options):

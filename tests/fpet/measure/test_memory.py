@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fpet
-from fpet.memory import MIB, CachingAllocator, SavedTensors, StepMemory, reserved_memory, step_memory
+from fpet.measure.memory import MIB, CachingAllocator, SavedTensors, StepMemory, reserved_memory, step_memory
 from fpet_kernels import KeyRefinement, bdm_merge
 
 FLOAT = 4

@@ -18,12 +18,13 @@ from PIL import Image, ImageOps
 transformers = pytest.importorskip("transformers", reason="fpet.retrieval needs transformers")
 
 import fpet  # noqa: E402
-from fpet import checkpoint, retrieval  # noqa: E402
 from fpet import huggingface as hf  # noqa: E402
 from fpet.data import captions as drawn  # noqa: E402
 from fpet.data import flickr30k  # noqa: E402
+from fpet.files import checkpoint  # noqa: E402
 from fpet.retrieval import RetrievalConfig  # noqa: E402
-from fpet.uniadapter import UniAdapter, add_uniadapters, remove_uniadapters  # noqa: E402
+from fpet.retrieval import run as retrieval  # noqa: E402
+from fpet.retrieval.uniadapter import UniAdapter, add_uniadapters, remove_uniadapters  # noqa: E402
 
 SMALL = RetrievalConfig(adapter_dim=4, epochs=2, batch_size=4, lr=1e-2, top_k=3, max_length=16, queue_size=10)
 
@@ -782,7 +783,7 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
 TWO = """
 import json, os, sys
 import torch.distributed as dist
-from fpet import retrieval
+from fpet.retrieval import run as retrieval
 
 commands, store = json.loads(sys.argv[1]), sys.argv[2]
 write = retrieval._checkpoint

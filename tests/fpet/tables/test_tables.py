@@ -21,14 +21,16 @@ if missing:
     pytest.skip(f"not installed: {', '.join(missing)} (extra 'fpet')", allow_module_level=True)
 
 import fpet  # noqa: E402
-from fpet import cli, comparators, data, pretrain, tables  # noqa: E402
+from fpet import cli, comparators, data  # noqa: E402
 from fpet.adapters import METHODS  # noqa: E402
-from fpet.adapters.modules import PETModule  # noqa: E402
-from fpet.config import REDUCTIONS, ConfigError  # noqa: E402
-from fpet.memory import reserved_memory, step_memory  # noqa: E402
+from fpet.layers.modules import PETModule  # noqa: E402
+from fpet.measure.memory import reserved_memory, step_memory  # noqa: E402
 from fpet.tables import accuracy, measure, published, render  # noqa: E402
+from fpet.tables import command as tables  # noqa: E402
 from fpet.tables.measure import Variant  # noqa: E402
 from fpet.tables.published import Published  # noqa: E402
+from fpet.train import pretrain  # noqa: E402
+from fpet.train.config import REDUCTIONS, ConfigError  # noqa: E402
 
 CPU = torch.device("cpu")
 PLAIN, MERGED = Variant("tiny", "adaptformer", "none"), Variant("tiny", "adaptformer", "fpet", 3)
@@ -551,7 +553,7 @@ def test_quick_is_a_selection() -> None:
 
 
 def test_the_benchmark_is_the_same_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "paper_tables.py"
+    script = Path(__file__).parents[3] / "benchmarks" / "paper_tables.py"
     if not script.is_file():
         pytest.skip("no benchmarks folder beside tests")
     spec = importlib.util.spec_from_file_location("paper_tables", script)

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fpet import checkpoint, pretrain, sharding
-from fpet.config import Config, ConfigError
-from fpet.evaluate import evaluate_run
-from fpet.train import train
+from fpet.files import checkpoint
+from fpet.train import pretrain, sharding, train
+from fpet.train.config import Config, ConfigError
+from fpet.train.evaluation import evaluate_run
 
 
 def launch(config: Config) -> subprocess.CompletedProcess[str]:

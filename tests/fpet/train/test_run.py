@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 import fpet
-from fpet import checkpoint, pretrain
-from fpet.config import Config, ConfigError, add_arguments, from_arguments
-from fpet.evaluate import evaluate_run
-from fpet.train import add_arguments as add_train_arguments
-from fpet.train import build_model, compare, comparison_table, learning_rate, run, sweep, train
+from fpet.files import checkpoint
+from fpet.train import build_model, compare, comparison_table, learning_rate, pretrain, run, sweep, train
+from fpet.train.config import Config, ConfigError, add_arguments, from_arguments
+from fpet.train.evaluation import evaluate_run
+from fpet.train.run import add_arguments as add_train_arguments
 
 TINY = dict(task="location", train_count=48, test_count=24, batch_size=16, epochs=2, warmup_epochs=1.0, progress=False)
 

@@ -8,8 +8,8 @@ from timm.layers import Attention, AttentionRope
 from timm.models.eva import EvaAttention
 from torch import nn
 
-from fpet.attention import ATTENTIONS, _with_size_column, attend
-from fpet.merging import SizeBias
+from fpet.vit.attention import ATTENTIONS, _with_size_column, attend
+from fpet.vit.merging import SizeBias
 
 FORMS = {"mask": {}, "column": {}, "auto": {}, "unfused": {"fused": False}}
 

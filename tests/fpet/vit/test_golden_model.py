@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import fpet
 
-FILES = sorted((Path(__file__).parents[1] / "golden_model").glob("*.npz"))
+FILES = sorted((Path(__file__).parents[2] / "golden_model").glob("*.npz"))
 
 
 def build(data, backend):

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fpet
 import fpet_kernels as fk
-from fpet.flops import flop_counter
-from fpet.merging import kept_positions, merge_splits
+from fpet.measure.flops import flop_counter
+from fpet.vit.merging import kept_positions, merge_splits
 
 TINY = dict(img_size=(32, 48), patch_size=8, embed_dim=96, depth=5, num_heads=4, num_classes=5)  # 4×6 patches
 

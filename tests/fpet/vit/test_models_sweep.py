@@ -10,7 +10,7 @@ import torch
 from timm.models._registry import _module_to_models
 
 import fpet
-from fpet.models import MODELS
+from fpet.vit.models import MODELS
 
 FAMILIES = ("vision_transformer", "deit", "eva", "beit", "vision_transformer_relpos")
 # The same few classes behind other stems; one of each is enough, as a convolutional stem takes a second to build.

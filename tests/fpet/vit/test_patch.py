@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
 import fpet
-from fpet.block import convert, key_channels, restore
+from fpet.vit.block import convert, key_channels, restore
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, num_classes=5)
 
@@ -267,7 +267,7 @@ def test_threads_share_a_model() -> None:
 
 def test_tables_made_in_any_mode_serve_all_others() -> None:
     """The first call may come under inference mode or a default device; the tables it caches are used in training later."""
-    from fpet.merging import _kept, _plan
+    from fpet.vit.merging import _kept, _plan
 
     model = fpet.apply(build("vit_small_patch16_rope_224"), layer=(1, 2))
     _plan.cache_clear()

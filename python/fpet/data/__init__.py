@@ -1,0 +1,43 @@
+"""Data sets: generated tasks, VTAB-1K, CIFAR-100, SVHN, FGVC, and pairs of images and texts."""
+
+from .families import (
+    FAMILIES,
+    FGVC_TASKS,
+    SHAPE_TASKS,
+    VTAB_TASKS,
+    Batch,
+    Dataset,
+    ImageList,
+    PretrainingData,
+    Splits,
+    TensorTask,
+    batches,
+    check_folder,
+    draw,
+    epoch_order,
+    image_transform,
+    load,
+    shapes_task,
+    task_names,
+)
+
+__all__ = [
+    "FAMILIES",
+    "FGVC_TASKS",
+    "SHAPE_TASKS",
+    "VTAB_TASKS",
+    "Batch",
+    "Dataset",
+    "ImageList",
+    "PretrainingData",
+    "Splits",
+    "TensorTask",
+    "batches",
+    "check_folder",
+    "draw",
+    "epoch_order",
+    "image_transform",
+    "load",
+    "shapes_task",
+    "task_names",
+]

@@ -1,0 +1,1 @@
+"""What is written and read: tuned models, checkpoints of runs, published formats."""

@@ -1,0 +1,14 @@
+"""What a model costs: memory of a training step, what an allocator takes for it, FLOPs."""
+
+from .flops import flop_counter
+from .memory import MIB, CachingAllocator, SavedTensors, StepMemory, reserved_memory, step_memory
+
+__all__ = [
+    "MIB",
+    "CachingAllocator",
+    "SavedTensors",
+    "StepMemory",
+    "flop_counter",
+    "reserved_memory",
+    "step_memory",
+]

@@ -1,0 +1,10 @@
+"""Tuning a backbone: settings, the training loop, evaluation, comparisons of several runs."""
+
+from .config import PRESETS, REDUCTIONS, Config, ConfigError
+from .evaluation import Score, evaluate, evaluate_run
+from .run import Result, build_model, compare, comparison_table, learning_rate, load_tuned, sweep, train
+
+__all__ = [
+    "PRESETS", "REDUCTIONS", "Config", "ConfigError", "Result", "Score", "build_model", "compare", "comparison_table",
+    "evaluate", "evaluate_run", "learning_rate", "load_tuned", "sweep", "train",
+]  # fmt: skip
