@@ -20,9 +20,9 @@ except ImportError as missing:
 
 from torch import Tensor
 
-import cases
 from fpet_kernels import bdm_merge
 from fpet_kernels.reference import bdm_merge_reference
+from harness import cases
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -310,7 +310,7 @@ class Trial:
 
     def seconds(self, forward: bool, backward: bool, budget: float) -> float:
         """Median of one call, as a replayed CUDA graph."""
-        from timing import capture
+        from harness.timing import capture
 
         replay = capture(self.calls(forward, backward))
         times: list[float] = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -22,28 +21,13 @@ from torch import Tensor
 
 from . import backends
 from .merge import KeyRefinement, bdm_merge
+from .provenance import cpu_model, package_version
 from .split import checkerboard
 from .version import __version__
 
 __all__ = ["main", "report", "self_test"]
 
 TOLERANCE = 1e-4  # float32 against float64 on a tiny problem, relative to the largest value; 1e-6 is usual
-
-
-def _package_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _build_facts() -> dict[str, Any]:
@@ -129,13 +113,13 @@ def report() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "triton": _package_version("triton"),
-            "timm": _package_version("timm"),
+            "triton": package_version("triton"),
+            "timm": package_version("timm"),
         },
         "system": {
             "os": platform.platform(),
             "machine": platform.machine(),
-            "cpu": _cpu_model(),
+            "cpu": cpu_model(),
             "cpus": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
         },

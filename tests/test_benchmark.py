@@ -22,11 +22,10 @@ if missing or not BENCHMARKS.is_dir():
     pytest.skip(why, allow_module_level=True)
 
 sys.path.insert(0, str(BENCHMARKS))
-import cases  # noqa: E402
-import formulations  # noqa: E402
-import gate  # noqa: E402
 import kernel_vs_ref  # noqa: E402
 import lost_tokens  # noqa: E402
+from harness import cases, gate, timing  # noqa: E402
+from kernel import formulations, implementations, report  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = cases.CASES["tiny"]
@@ -130,7 +129,7 @@ def test_gate_lets_the_reference_and_every_backend_pass(base, dtype):
     verdict = gate.examine(reference_call(problem), examiner)
     assert verdict.right, verdict.complaint()
     name = backends.select(problem.x, None)
-    verdict = gate.examine(kernel_vs_ref.backend_calls(name, problem)[1], examiner)
+    verdict = gate.examine(implementations.backend_calls(name, problem)[1], examiner)
     assert verdict.right, f"{name}: {verdict.complaint()}"
 
 
@@ -196,9 +195,9 @@ PROVENANCE = (
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """Runs the command on the tiny case without compiling; returns (exit status, rows)."""
-    monkeypatch.setattr(kernel_vs_ref, "compiled", lambda call: call)
-    monkeypatch.setitem(kernel_vs_ref.timing.COPY_BYTES, "cpu", 1 << 20)
-    monkeypatch.setattr(kernel_vs_ref.timing, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(kernel_vs_ref, "compile_whole", lambda call: call)
+    monkeypatch.setitem(timing.COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setattr(timing, "MIN_ROUNDS", 2)
 
     def run(*more):
         out = tmp_path / "rows.jsonl"
@@ -225,7 +224,7 @@ def test_rows_say_what_was_measured_where(quick, capsys, tmp_path):
         paper = next(r for r in rows if (r["implementation"], r["mode"]) == ("paper", row["mode"]))
         assert row["speedup_over_paper"] == pytest.approx(paper["ms_per_image"] / row["ms_per_image"])
     printed = capsys.readouterr().out
-    assert kernel_vs_ref.label(fused) in printed and "× best PyTorch" in printed
+    assert report.label(fused) in printed and "× best PyTorch" in printed
     assert picture.stat().st_size > 0
 
     assert kernel_vs_ref.main(["--show", str(tmp_path / "rows.jsonl")]) == 0
@@ -296,18 +295,18 @@ def test_a_gpu_is_timed_twice(quick, monkeypatch, capsys):
 
     captured: list = []
     monkeypatch.setattr(kernel_vs_ref.Bench, "__init__", on_gpu)
-    monkeypatch.setattr(kernel_vs_ref.timing, "capture", capture)
-    measure = kernel_vs_ref.timing.measure
-    monkeypatch.setattr(kernel_vs_ref.timing, "measure", lambda *a, graph, **k: measure(*a, **k))
+    monkeypatch.setattr(timing, "capture", capture)
+    measure = timing.measure
+    monkeypatch.setattr(timing, "measure", lambda *a, graph, **k: measure(*a, **k))
     status, rows = quick("--mode", "forward")
     assert status == 0
     graph, plain = ({r["implementation"] for r in rows if r["timing"] == kind} for kind in ("graph", "plain"))
     assert len(captured) == len(plain) and len(plain - graph) == 1
     assert "as a CUDA graph: operation not permitted" in capsys.readouterr().out
     group = [{**r, "device": "cuda"} for r in rows if r["timing"] == "graph"]
-    lines = kernel_vs_ref.table(group).splitlines()
-    assert "graph timing, cold L2" in lines[0] and kernel_vs_ref.OVER_FLOOR in lines[2]
-    assert kernel_vs_ref.number(group[0]["ms_per_image"] / group[0]["floor_ms_per_image"]) in lines[3]
+    lines = report.table(group).splitlines()
+    assert "graph timing, cold L2" in lines[0] and report.OVER_FLOOR in lines[2]
+    assert report.number(group[0]["ms_per_image"] / group[0]["floor_ms_per_image"]) in lines[3]
 
 
 @pytest.mark.parametrize("graph", [True, False])
@@ -330,7 +329,7 @@ def test_a_sample_on_a_gpu_starts_with_a_cold_cache(graph, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(L2_cache_size=1 << 20))
     total = torch.sum
     monkeypatch.setattr(torch, "sum", lambda t, **k: (log.append("flush"), total(t, **k))[1])
-    take = kernel_vs_ref.timing._cuda_sampler({"it": lambda: log.append("call")}, CPU, graph)
+    take = timing._cuda_sampler({"it": lambda: log.append("call")}, CPU, graph)
     assert take("it", 2) == pytest.approx(3e-3)
     assert log == ["flush", *([] if graph else ["rest"]), "event", "call", "call", "event", "rest"]
 
@@ -348,19 +347,19 @@ def test_every_fused_backend_of_a_gpu_is_measured(monkeypatch):
 
 
 def test_no_speed_for_a_wrong_backend(quick, capsys, monkeypatch):
-    right = kernel_vs_ref.bdm_merge
+    right = implementations.bdm_merge
 
     def wrong(x, key, **options):
         tokens, size, match = right(x, key, **options)
         return Merged(tokens * 1.001, size, match)
 
-    monkeypatch.setattr(kernel_vs_ref, "bdm_merge", wrong)
+    monkeypatch.setattr(implementations, "bdm_merge", wrong)
     status, rows = quick("--mode", "forward", "--backends", "reference")
     captured = capsys.readouterr()
     assert status != 0
     assert "WRONG: backend 'reference'" in captured.out + captured.err and "tokens: error" in captured.err
     assert "reference" not in {r["implementation"] for r in rows}
-    assert kernel_vs_ref.label("reference") not in captured.out.replace("WRONG: backend", "")
+    assert report.label("reference") not in captured.out.replace("WRONG: backend", "")
 
 
 def test_a_missing_cpu_backend_is_reported_with_its_reason(monkeypatch):
@@ -398,9 +397,7 @@ def test_host_overhead_measures_every_backend():
 
 
 def test_peak_memory_sees_what_a_call_allocates():
-    from timing import peak_extra_bytes
-
-    found = peak_extra_bytes(lambda: torch.ones(8 << 20), CPU)
+    found = timing.peak_extra_bytes(lambda: torch.ones(8 << 20), CPU)
     if found is None:
         pytest.skip("this system does not let a process reset its high-water mark")
     assert 30e6 < found < 60e6
@@ -427,7 +424,8 @@ def test_missing_package_names_the_fix():
 
 def test_a_case_that_does_not_fit_is_left_out(monkeypatch):
     setting = kernel_vs_ref.Setting(cases.CASES["vitl16_1024"], 256, "float32", "forward")
-    monkeypatch.setattr(kernel_vs_ref.timing, "available_bytes", lambda _device: 1 << 30)
-    bench = kernel_vs_ref.Bench(SimpleNamespace(device=CPU, batch=[256]), ["reference"], SimpleNamespace(set_description=print))
+    monkeypatch.setattr(timing, "available_bytes", lambda _device: 1 << 30)
+    bench = kernel_vs_ref.Bench(SimpleNamespace(device=CPU, batch=[256]), ["reference"])
+    bench.bar = SimpleNamespace(set_description=print)
     assert bench.run(setting) == []
     assert "does not fit" in bench.left_out[0]

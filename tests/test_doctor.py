@@ -151,7 +151,7 @@ def test_a_device_that_a_backend_does_not_run_on_is_named() -> None:
 
 
 def test_versions_of_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_package_version", lambda name: None)
+    monkeypatch.setattr(doctor, "package_version", lambda name: None)
     facts = doctor.report()
     assert facts["versions"]["timm"] is None
     assert "timm        not installed" in doctor.render(facts)

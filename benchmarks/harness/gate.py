@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cases import Problem
 from fpet_kernels import reference
+
+from .cases import Problem
 
 __all__ = ["Answer", "Finding", "Verdict", "answer", "examine", "reference_answer", "with_decisions"]
 

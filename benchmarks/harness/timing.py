@@ -1,4 +1,4 @@
-"""Time, bandwidth and memory of callables, on the CPU and on CUDA devices; and where and when a number was measured.
+"""Time, bandwidth and memory of callables, on the CPU and on CUDA devices.
 
 All implementations are timed in one run, in turns: round by round, each round starting with another one, so that whatever
 else the machine does hits all of them alike. A plain copy takes its turn too: its bandwidth is the machine's during this very
@@ -8,22 +8,16 @@ measurement. Reported are medians over rounds; first calls (compilation, caches)
 from __future__ import annotations
 
 import ctypes
-import datetime
-import importlib
-import os
-import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-__all__ = ["COPY", "Samples", "available_bytes", "capture", "keep_freed_pages", "measure", "peak_extra_bytes", "provenance"]
+__all__ = ["COPY", "Samples", "available_bytes", "capture", "keep_freed_pages", "measure", "peak_extra_bytes"]
 
 COPY = "copy"  # the name under which the copy takes its turns
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
@@ -194,66 +188,3 @@ def available_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
     return int(found.group(1)) * 1024 if found else 1 << 62
-
-
-# --- provenance --------------------------------------------------------------------------------------------------------
-
-
-def _run(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu_model() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found.group(1) if found else platform.processor() or platform.machine()
-
-
-def _native_isa() -> str | None:
-    """The instruction set that the native CPU kernels chose here; None where that module was not built."""
-    try:
-        return importlib.import_module("fpet_kernels._introspect").build_facts()["cpu_isa_in_use"]
-    except (ImportError, KeyError):
-        return None
-
-
-def provenance(device: torch.device, command: str) -> dict[str, object]:
-    """Which code, machine and versions the numbers of this run belong to."""
-    import fpet_kernels
-
-    products = (":(top,exclude)benchmarks/results", ":(top,exclude)docs/*.png")  # what benchmarks write changes no number
-    changed = _run("git", "status", "--porcelain", "--untracked-files=no", "--", ":/", *products)
-    gpu = device.type == "cuda"
-    return {
-        "commit": _run("git", "rev-parse", "HEAD"),
-        "dirty": None if changed is None else bool(changed),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2),
-        "isa": _native_isa(),
-        "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name(device) if gpu else None,
-        "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if gpu else None,
-        "triton": _version("triton"),
-        "timm": _version("timm"),
-        "fpet_kernels": fpet_kernels.__version__,
-    }

@@ -9,7 +9,7 @@
   embedding_bag). Also tried on the CPU, and slower in every setting: index_add, index_put, scatter_add along dim 1, a one-hot
   matmul, segment_reduce, a sparse CSR product.
 
-All get the same :class:`cases.Problem`: per-head keys in place, averaging over heads and refining the key is their own work.
+All get the same :class:`harness.cases.Problem`: per-head keys in place; averaging over heads and refining are their own work.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cases import Problem
 from fpet_kernels.reference import compute_dtype
+from harness.cases import Problem
 
 __all__ = ["BEST_VARIANTS", "Indexed", "paper", "paper_of"]
 

@@ -1,0 +1,1 @@
+"""What kernel_vs_ref.py alone needs: the implementations it times, the PyTorch they are compared with, and its tables."""
