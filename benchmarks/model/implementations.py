@@ -11,11 +11,11 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from fpet.vit.block import FPETBlock
-from fpet.measure.flops import flop_counter
 from torch import Tensor, nn
 
 import fpet
+from fpet.measure.flops import flop_counter
+from fpet.vit.block import FPETBlock
 from fpet_kernels import Merged
 from harness.options import DTYPES
 from harness.run import compile_whole

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fpet.vit.block import FPETBlock
-from fpet.vit.merging import MergeStep
 from torch import Tensor
 
+from fpet.vit.block import FPETBlock
+from fpet.vit.merging import MergeStep
 from fpet_kernels import Merged
 
 
