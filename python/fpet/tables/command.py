@@ -12,25 +12,21 @@ to the bare backbone. Nothing is timed before every token is accounted for.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import importlib.util
 import json
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-import fpet_kernels
 from fpet_kernels import backends
+from fpet_kernels.provenance import provenance
 
 from .. import data
 from ..adapters import METHODS
@@ -309,34 +305,7 @@ def markdown(
 def _checkout() -> Path | None:
     """The benchmarks folder of the source tree that this package runs from, or None."""
     folder = Path(__file__).parents[3] / "benchmarks"
-    return folder if (folder / "timing.py").is_file() else None
-
-
-def _provenance(device: torch.device, command: str) -> dict[str, object]:
-    """Which code, machine and versions the numbers belong to; from a source tree with its commit."""
-    folder = _checkout()
-    if folder is not None:
-        spec = importlib.util.spec_from_file_location("_fpet_benchmarks_timing", folder / "timing.py")
-        assert spec is not None and spec.loader is not None
-        timing = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = timing  # its dataclasses look themselves up
-        spec.loader.exec_module(timing)
-        found: dict[str, object] = timing.provenance(device, command)
-        return found
-
-    def of(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    return {
-        "commit": None, "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "command": command,
-        "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2), "python": platform.python_version(), "torch": torch.__version__,
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None, "timm": of("timm"),
-        "triton": of("triton"), "fpet_kernels": fpet_kernels.__version__,
-    }  # fmt: skip
+    return folder if (folder / "paper_tables.py").is_file() else None
 
 
 # --- command line --------------------------------------------------------------------------------------------------------
@@ -495,7 +464,7 @@ def run(options: argparse.Namespace) -> int:
         rows, collector = _measure(options)
     finally:
         torch.set_num_threads(before)
-    context = {**_provenance(options.device, options.command_line), "note": options.note}
+    context = {**provenance(options.device, options.command_line), "note": options.note}
     rows = [{**row, **context} for row in rows]
     _report(rows, options)
     if options.out != "none" and rows:

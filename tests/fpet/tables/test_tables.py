@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +30,7 @@ from fpet.tables.measure import Variant  # noqa: E402
 from fpet.tables.published import Published  # noqa: E402
 from fpet.train import pretrain  # noqa: E402
 from fpet.train.config import REDUCTIONS, ConfigError  # noqa: E402
+from fpet_kernels.provenance import provenance  # noqa: E402
 
 CPU = torch.device("cpu")
 PLAIN, MERGED = Variant("tiny", "adaptformer", "none"), Variant("tiny", "adaptformer", "fpet", 3)
@@ -565,9 +565,10 @@ def test_the_benchmark_is_the_same_command(monkeypatch: pytest.MonkeyPatch) -> N
     assert module.main() == 0 and called == [["tables", "--quick"]]
 
 
-def test_provenance_without_a_source_tree(monkeypatch: pytest.MonkeyPatch) -> None:
-    full = tables._provenance(CPU, "a command")
-    monkeypatch.setattr(tables, "_checkout", lambda: None)
-    few = tables._provenance(CPU, "a command")
-    assert few["commit"] is None and few["command"] == full["command"] == "a command"
-    assert few.keys() <= full.keys() and re.match(r"\d{4}-\d\d-\d\dT", str(few["date"]))
+def test_rows_say_where_they_are_from(measured: tuple[int, list[dict[str, Any]], Path]) -> None:
+    expected = provenance(CPU, "")
+    for row in measured[1]:
+        assert expected.keys() <= row.keys() and row["command"].startswith("fpet tables --tables 1,4")
+        assert {name: row[name] for name in ("commit", "dirty", "torch")} == {
+            n: expected[n] for n in ("commit", "dirty", "torch")
+        }
