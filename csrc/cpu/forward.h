@@ -1,0 +1,218 @@
+// The forward: scores ranked, tokens merged.
+
+namespace fpet {
+namespace FPET_ISA {
+namespace {
+
+// Matches the sources [begin, end), in whole vectors: a lane is a source, and destinations pass by in order, so that a score
+// must be larger than those before it to take their place: ties go to the lowest index, and NaN, larger than nothing, loses.
+template <class T>
+void match_rows(const Problem& p, const ForwardOutputs& out, const Shared<T>& s, const Keys<T>& keys, T* tile, int64_t image,
+                int64_t begin, int64_t end, Ahead* ahead) {
+  constexpr int lanes = kLanes<T>;
+  constexpr int64_t panel = Shared<T>::panel_cols;
+  using At = Vec<Int<T>>;
+  struct Best {
+    Vec<T> first, second;
+    At first_at, second_at;
+  };
+  for (int64_t i0 = begin; i0 < end;) {
+    const int64_t stop = min64(end, i0 / panel * panel + panel), vectors = ceil_div(stop - i0, lanes);
+    Best best[kTileVecs];
+    for (int v = 0; v < kTileVecs; ++v)
+      best[v] = {splat(T(-INFINITY)), splat(T(-INFINITY)), splat(Int<T>(p.num_b)), splat(Int<T>(p.num_b))};
+    const T* turned = keys.turned + i0 / panel * panel * p.channels + i0 % panel;
+    for (int64_t j0 = 0; j0 < p.num_b; j0 += kScoreRows) {
+      const int64_t rows = min64(kScoreRows, p.num_b - j0);
+      matmul(rows, vectors * lanes, p.channels, keys.b + j0 * s.cp, s.cp, int64_t(1), turned, panel, tile, panel, false, ahead);
+      for (int64_t v = 0; v < vectors; ++v) {
+        Best now = best[v];
+        for (int64_t r = 0; r < rows; ++r) {
+          const Vec<T> score = load(tile + r * panel + v * lanes);
+          const At at = splat(Int<T>(j0 + r));
+          const auto beats_first = score > now.first, beats_second = score > now.second;
+          now.second = beats_first ? now.first : (beats_second ? score : now.second);
+          now.second_at = beats_first ? now.first_at : (beats_second ? at : now.second_at);
+          now.first = beats_first ? score : now.first;
+          now.first_at = beats_first ? at : now.first_at;
+        }
+        best[v] = now;
+      }
+    }
+    for (int64_t i = i0; i < stop; ++i) {
+      const Best& found = best[(i - i0) / lanes];
+      const int lane = int((i - i0) % lanes);
+      int64_t first = found.first_at[lane], second = found.second_at[lane];
+      // No number above -inf among the scores: the lowest index that is left, so that the match is always valid.
+      const bool too_few = second >= p.num_b;
+      if (first >= p.num_b) first = 0;
+      if (too_few) second = first == 0 ? 1 : 0;
+      const int64_t at = image * p.num_a + i;
+      out.match[at] = p.prefix + first;
+      out.second[at] = p.prefix + second;
+      ((T*)out.mid)[at] = too_few ? T(NAN) : (found.first[lane] + found.second[lane]) / T(2);
+    }
+    i0 = stop;
+  }
+}
+
+// The merged tokens [begin, end) of one image; meanwhile the keys of the next one are fetched.
+template <class S, class T>
+void merge_rows(const Problem& p, const ForwardOutputs& out, const Shared<T>& s, const Groups<Compute<S>>& groups,
+                const S** rows, Compute<S>* weights, int64_t image, int64_t begin, int64_t end, bool stream, bool next) {
+  using M = Compute<S>;
+  const int64_t merged = p.prefix + p.num_b, stride = p.x.stride[2];
+  const S* x = (const S*)p.x.data + image * p.x.stride[0];
+  for (int64_t m = begin; m < end; ++m) {
+    if (next)
+      for (int64_t n = 2 * m; n < min64(2 * m + 2, p.tokens); ++n) prefetch_key(p, image + 1, n);
+    int64_t count = 1;
+    const int64_t j = m - p.prefix, at = j < 0 ? m : s.pos_b[j];
+    rows[0] = x + at * p.x.stride[1];
+    M n = weights[0] = groups.size[at];
+    if (j >= 0)
+      for (int32_t k = groups.start[j]; k < groups.start[j + 1]; ++k, ++count) {
+        const int64_t source = s.pos_a[groups.list[k]];
+        rows[count] = x + source * p.x.stride[1];
+        n += weights[count] = groups.size[source];
+      }
+    ((M*)out.merged_size)[image * merged + m] = n;
+    S* y = (S*)out.tokens + (image * merged + m) * p.dim;
+    if (stride != 1) {
+      for (int64_t d = 0; d < p.dim; ++d) {
+        M sum = 0;
+        for (int64_t k = 0; k < count; ++k) sum += weights[k] * to_compute(rows[k][d * stride]);
+        from_compute(M(sum / n), y + d);
+      }
+    } else {
+      weighted_mean(y, rows, weights, count, n, p.dim, stream);
+    }
+  }
+}
+
+template <class S, class T>
+struct Forward {
+  using M = Compute<S>;
+  const Problem& p;
+  const ForwardOutputs* out = nullptr;
+  int64_t tasks = 1;     // threads that work at once
+  bool by_image = true;  // every task takes whole images
+  Shared<T> shared;
+
+  struct Image {
+    Keys<T> keys;
+    Groups<M> groups;
+  };
+  struct Task {
+    KeyScratch<T> key;
+    T* tile;
+    const S** rows;
+    M* weights;
+  };
+
+  Forward(const Problem& problem, int64_t threads) : p(problem) {
+    const int64_t work = p.batch * (p.tokens * p.dim + p.num_a * p.num_b * p.channels);
+    tasks = work < kSerialWork ? 1 : threads;
+    by_image = tasks == 1 || p.batch >= 2 * tasks;
+  }
+
+  void plan_image(Arena& arena, Image& image) const {
+    image.keys.plan(arena, p, shared, false);
+    image.groups.plan(arena, p);
+  }
+  void plan_task(Arena& arena, Task& task) const {
+    task.key.plan(arena, shared);
+    task.tile = arena.take<T>(kScoreRows * Shared<T>::panel_cols);
+    task.rows = arena.take<const S*>(p.num_a + 1);
+    task.weights = arena.take<M>(p.num_a + 1);
+  }
+
+  // Scratch of every task and image at a fixed distance from that of the first.
+  size_t task_bytes, image_bytes, shared_bytes;
+  size_t plan(char* base) {
+    Arena arena{base};
+    shared.plan(arena, p, false);
+    shared_bytes = (arena.used + 63) & ~size_t(63);
+    Arena one{nullptr}, two{nullptr};
+    Task task;
+    Image image;
+    plan_task(one, task);
+    plan_image(two, image);
+    task_bytes = (one.used + 63) & ~size_t(63);
+    image_bytes = (two.used + 63) & ~size_t(63);
+    return shared_bytes + size_t(tasks) * task_bytes + size_t(images()) * image_bytes;
+  }
+  int64_t images() const { return by_image ? tasks : p.batch; }
+  Task task_at(char* base, int64_t t) const {
+    Arena arena{base + shared_bytes + size_t(t) * task_bytes};
+    Task task;
+    plan_task(arena, task);
+    return task;
+  }
+  Image image_at(char* base, int64_t i) const {
+    Arena arena{base + shared_bytes + size_t(tasks) * task_bytes + size_t(i) * image_bytes};
+    Image image;
+    plan_image(arena, image);
+    return image;
+  }
+
+  void run(const ForwardOutputs& outputs, const Parallel& parallel, char* base) {
+    out = &outputs;
+    plan(base);
+    shared.fill(p);
+    const int64_t merged = p.prefix + p.num_b, key_rows = p.num_a + p.num_b;
+    const int64_t key_bytes = p.heads * p.tokens * p.channels * size_of(p.key.dtype);
+    const bool stream = p.batch * merged * p.dim * int64_t(sizeof(S)) >= kStreamBytes;
+    if (by_image) {
+      run_ranges(parallel, p.batch, tasks, [&](int64_t t, int64_t begin, int64_t end) {
+        const Task task = task_at(base, t);
+        const Image image = image_at(base, t);
+        for (int64_t b = begin; b < end; ++b) {
+          Ahead ahead = tokens_ahead(b);
+          refine_keys(p, shared, image.keys, task.key, b, 0, key_rows, &ahead);
+          match_rows(p, *out, shared, image.keys, task.tile, b, 0, p.num_a, &ahead);
+          image.groups.fill(p, out->match, b);
+          merge_rows<S, T>(p, *out, shared, image.groups, task.rows, task.weights, b, 0, merged, stream,
+                           b + 1 < end && key_bytes <= kAheadBytes / 4);
+        }
+      });
+      return;
+    }
+    over_rows(parallel, base, key_rows, [&](const Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
+      refine_keys(p, shared, image.keys, task.key, b, begin, end);
+    });
+    constexpr int64_t lanes = kLanes<T>;
+    over_rows(parallel, base, shared.nap / lanes,
+              [&](const Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
+                match_rows(p, *out, shared, image.keys, task.tile, b, begin * lanes, min64(p.num_a, end * lanes), nullptr);
+              });
+    for (int64_t b = 0; b < p.batch; ++b) image_at(base, b).groups.fill(p, out->match, b);
+    over_rows(parallel, base, merged, [&](const Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
+      merge_rows<S, T>(p, *out, shared, image.groups, task.rows, task.weights, b, begin, end, stream, false);
+    });
+  }
+
+  // The tokens of image b, as far as the second-level cache has room: merged next, fetched while scores are computed.
+  Ahead tokens_ahead(int64_t b) const {
+    if (p.x.stride[2] != 1 || p.x.stride[1] != p.dim) return {};
+    const char* start = (const char*)((const S*)p.x.data + b * p.x.stride[0]);
+    return {start, start + min64(p.tokens * p.dim * int64_t(sizeof(S)), kAheadBytes)};
+  }
+
+  // The rows of all images, cut into one range a task.
+  template <class F>
+  void over_rows(const Parallel& parallel, char* base, int64_t rows, const F& f) {
+    run_ranges(parallel, p.batch * rows, tasks, [&](int64_t t, int64_t begin, int64_t end) {
+      const Task task = task_at(base, t);
+      for (int64_t at = begin; at < end;) {
+        const int64_t b = at / rows, stop = min64(end, (b + 1) * rows);
+        f(task, image_at(base, b), b, at - b * rows, stop - b * rows);
+        at = stop;
+      }
+    });
+  }
+};
+
+}  // namespace
+}  // namespace FPET_ISA
+}  // namespace fpet

@@ -1,0 +1,51 @@
+// Scratch memory and tasks: what every phase of a call shares.
+
+namespace fpet {
+namespace FPET_ISA {
+namespace {
+
+constexpr int64_t kKeyRows = 48;                    // rows of the key path that are refined at once
+constexpr int64_t kScoreRows = 24;                  // destinations whose scores are ranked at once
+constexpr int64_t kPairRows = 32, kPairCols = 128;  // a tile of dM and ds in the backward
+constexpr int64_t kMaxChunks = 16;                  // of sources, each with its own partial sum of dk̂_B
+constexpr int64_t kMaxGroups = 256;                 // of images, each with its own partial sum of the weight gradients
+constexpr int64_t kSerialWork = 1 << 16;            // multiply-adds below which a second thread costs more than it saves
+
+constexpr int64_t kStreamBytes = 16 << 20;  // outputs from this size on are written past the caches
+constexpr int64_t kKeyAhead = 16;           // rows between fetching a key and using it
+constexpr int64_t kAheadBytes = 640 << 10;  // fetched ahead of use: most of a second-level cache
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Arena {
+  char* base;  // null: only count
+  size_t used = 0;
+  template <class T>
+  T* take(int64_t n) {
+    used = (used + 63) & ~size_t(63);
+    T* p = base ? (T*)(base + used) : nullptr;
+    used += size_t(n > 0 ? n : 0) * sizeof(T);
+    return p;
+  }
+};
+
+template <class F>
+void run_tasks(const Parallel& parallel, int64_t count, const F& f) {
+  if (count <= 0) return;
+  if (count == 1 || parallel.threads <= 1 || !parallel.run) {
+    for (int64_t t = 0; t < count; ++t) f(t);
+    return;
+  }
+  parallel.run(parallel.pool, count, [](void* context, int64_t task) { (*(const F*)context)(task); }, (void*)&f);
+}
+
+// Splits [0, n) into `parts` ranges and calls f(part, begin, end).
+template <class F>
+void run_ranges(const Parallel& parallel, int64_t n, int64_t parts, const F& f) {
+  parts = max64(1, min64(parts, n));
+  run_tasks(parallel, parts, [&](int64_t p) { f(p, n * p / parts, n * (p + 1) / parts); });
+}
+
+}  // namespace
+}  // namespace FPET_ISA
+}  // namespace fpet
