@@ -5,7 +5,7 @@ namespace FPET_ISA {
 namespace {
 
 template <class S, class T>
-struct Backward {
+struct Backward : Scratch<Backward<S, T>> {
   using M = Compute<S>;
   const Problem& p;
   const BackwardOutputs& out;
@@ -77,36 +77,14 @@ struct Backward {
     task.g = arena.take<M>(in_place() ? 0 : min64(kPairCols, p.num_b) * p.dim);
   }
 
-  size_t task_bytes, image_bytes, shared_bytes, group_bytes;
   T* group_weights;  // (groups, weight_size)
-  size_t plan(char* base) {
-    Arena arena{base};
+  void plan_shared(Arena& arena) {
     shared.plan(arena, p, key_path);
     weight_size = p.channels * shared.hp + p.hidden * shared.cp;
     group_weights = arena.take<T>(weights ? groups * weight_size : 0);
-    shared_bytes = (arena.used + 63) & ~size_t(63);
-    Arena one{nullptr}, two{nullptr};
-    Task task;
-    Image image;
-    plan_task(one, task);
-    plan_image(two, image);
-    task_bytes = (one.used + 63) & ~size_t(63);
-    image_bytes = (two.used + 63) & ~size_t(63);
-    return shared_bytes + size_t(tasks) * task_bytes + size_t(images()) * image_bytes;
   }
   int64_t images() const { return by_image ? tasks : p.batch; }
-  Task task_at(char* base, int64_t t) const {
-    Arena arena{base + shared_bytes + size_t(t) * task_bytes};
-    Task task;
-    plan_task(arena, task);
-    return task;
-  }
-  Image image_at(char* base, int64_t i) const {
-    Arena arena{base + shared_bytes + size_t(tasks) * task_bytes + size_t(i) * image_bytes};
-    Image image;
-    plan_image(arena, image);
-    return image;
-  }
+  size_t plan(char* base) { return this->lay_out(base, tasks, images()); }
 
   const S* grad_row(int64_t image, int64_t m) const {
     return (const S*)in->grad_tokens.data + image * in->grad_tokens.stride[0] + m * in->grad_tokens.stride[1];
@@ -331,8 +309,8 @@ struct Backward {
     if (weights) memset(group_weights, 0, size_t(groups * weight_size) * sizeof(T));
     if (by_image) {
       run_ranges(parallel, groups, tasks, [&](int64_t t, int64_t first, int64_t last) {
-        const Task task = task_at(base, t);
-        const Image image = image_at(base, t);
+        const Task task = this->task_at(t);
+        const Image image = this->image_at(t);
         for (int64_t b = first * group_images; b < min64(p.batch, last * group_images); ++b) {
           prepare_image(image, b);
           values(task, image, b, 0, merged);
@@ -354,25 +332,25 @@ struct Backward {
       });
     } else {
       run_ranges(parallel, p.batch, tasks, [&](int64_t, int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) prepare_image(image_at(base, b), b);
+        for (int64_t b = begin; b < end; ++b) prepare_image(this->image_at(b), b);
       });
-      over_items(parallel, base, merged,
+      over_items(parallel, merged,
                  [&](const Task& task, const Image& image, int64_t b, int64_t m) { values(task, image, b, m, m + 1); });
       if (!key_path) return;
-      over_items(parallel, base, row_chunks, [&](const Task& task, const Image& image, int64_t b, int64_t c) {
+      over_items(parallel, row_chunks, [&](const Task& task, const Image& image, int64_t b, int64_t c) {
         refine_keys(p, shared, image.keys, task.key, b, c * kKeyRows, min64(p.num_a + p.num_b, (c + 1) * kKeyRows));
       });
-      over_items(parallel, base, chunks, [&](const Task& task, const Image& image, int64_t b, int64_t c) {
+      over_items(parallel, chunks, [&](const Task& task, const Image& image, int64_t b, int64_t c) {
         Ahead none;
         pair_chunk(task, image, b, c, image.grad_b + c * part_b, &none);
       });
-      over_items(parallel, base, row_chunks, [&](const Task& task, const Image& image, int64_t b, int64_t c) {
+      over_items(parallel, row_chunks, [&](const Task& task, const Image& image, int64_t b, int64_t c) {
         key_chunk(task, image, b, c, chunks, image.grad_weights + c * weight_size);
       });
       if (weights)
         for (int64_t b = 0; b < p.batch; ++b)
           for (int64_t c = 0; c < row_chunks; ++c)
-            add_to(group_weights + b * weight_size, image_at(base, b).grad_weights + c * weight_size, weight_size);
+            add_to(group_weights + b * weight_size, this->image_at(b).grad_weights + c * weight_size, weight_size);
     }
     if (weights) write_weights(parallel);
   }
@@ -396,10 +374,10 @@ struct Backward {
   }
 
   template <class F>
-  void over_items(const Parallel& parallel, char* base, int64_t items, const F& f) {
+  void over_items(const Parallel& parallel, int64_t items, const F& f) {
     run_ranges(parallel, p.batch * items, tasks, [&](int64_t t, int64_t begin, int64_t end) {
-      const Task task = task_at(base, t);
-      for (int64_t at = begin; at < end; ++at) f(task, image_at(base, at / items), at / items, at % items);
+      const Task task = this->task_at(t);
+      for (int64_t at = begin; at < end; ++at) f(task, this->image_at(at / items), at / items, at % items);
     });
   }
 };

@@ -91,7 +91,7 @@ void merge_rows(const Problem& p, const ForwardOutputs& out, const Shared<T>& s,
 }
 
 template <class S, class T>
-struct Forward {
+struct Forward : Scratch<Forward<S, T>> {
   using M = Compute<S>;
   const Problem& p;
   const ForwardOutputs* out = nullptr;
@@ -127,34 +127,9 @@ struct Forward {
     task.weights = arena.take<M>(p.num_a + 1);
   }
 
-  // Scratch of every task and image at a fixed distance from that of the first.
-  size_t task_bytes, image_bytes, shared_bytes;
-  size_t plan(char* base) {
-    Arena arena{base};
-    shared.plan(arena, p, false);
-    shared_bytes = (arena.used + 63) & ~size_t(63);
-    Arena one{nullptr}, two{nullptr};
-    Task task;
-    Image image;
-    plan_task(one, task);
-    plan_image(two, image);
-    task_bytes = (one.used + 63) & ~size_t(63);
-    image_bytes = (two.used + 63) & ~size_t(63);
-    return shared_bytes + size_t(tasks) * task_bytes + size_t(images()) * image_bytes;
-  }
+  void plan_shared(Arena& arena) { shared.plan(arena, p, false); }
   int64_t images() const { return by_image ? tasks : p.batch; }
-  Task task_at(char* base, int64_t t) const {
-    Arena arena{base + shared_bytes + size_t(t) * task_bytes};
-    Task task;
-    plan_task(arena, task);
-    return task;
-  }
-  Image image_at(char* base, int64_t i) const {
-    Arena arena{base + shared_bytes + size_t(tasks) * task_bytes + size_t(i) * image_bytes};
-    Image image;
-    plan_image(arena, image);
-    return image;
-  }
+  size_t plan(char* base) { return this->lay_out(base, tasks, images()); }
 
   void run(const ForwardOutputs& outputs, const Parallel& parallel, char* base) {
     out = &outputs;
@@ -165,8 +140,8 @@ struct Forward {
     const bool stream = p.batch * merged * p.dim * int64_t(sizeof(S)) >= kStreamBytes;
     if (by_image) {
       run_ranges(parallel, p.batch, tasks, [&](int64_t t, int64_t begin, int64_t end) {
-        const Task task = task_at(base, t);
-        const Image image = image_at(base, t);
+        const Task task = this->task_at(t);
+        const Image image = this->image_at(t);
         for (int64_t b = begin; b < end; ++b) {
           Ahead ahead = tokens_ahead(b);
           refine_keys(p, shared, image.keys, task.key, b, 0, key_rows, &ahead);
@@ -178,16 +153,15 @@ struct Forward {
       });
       return;
     }
-    over_rows(parallel, base, key_rows, [&](const Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
+    over_rows(parallel, key_rows, [&](const Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
       refine_keys(p, shared, image.keys, task.key, b, begin, end);
     });
     constexpr int64_t lanes = kLanes<T>;
-    over_rows(parallel, base, shared.nap / lanes,
-              [&](const Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
-                match_rows(p, *out, shared, image.keys, task.tile, b, begin * lanes, min64(p.num_a, end * lanes), nullptr);
-              });
-    for (int64_t b = 0; b < p.batch; ++b) image_at(base, b).groups.fill(p, out->match, b);
-    over_rows(parallel, base, merged, [&](const Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
+    over_rows(parallel, shared.nap / lanes, [&](const Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
+      match_rows(p, *out, shared, image.keys, task.tile, b, begin * lanes, min64(p.num_a, end * lanes), nullptr);
+    });
+    for (int64_t b = 0; b < p.batch; ++b) this->image_at(b).groups.fill(p, out->match, b);
+    over_rows(parallel, merged, [&](const Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
       merge_rows<S, T>(p, *out, shared, image.groups, task.rows, task.weights, b, begin, end, stream, false);
     });
   }
@@ -201,12 +175,12 @@ struct Forward {
 
   // The rows of all images, cut into one range a task.
   template <class F>
-  void over_rows(const Parallel& parallel, char* base, int64_t rows, const F& f) {
+  void over_rows(const Parallel& parallel, int64_t rows, const F& f) {
     run_ranges(parallel, p.batch * rows, tasks, [&](int64_t t, int64_t begin, int64_t end) {
-      const Task task = task_at(base, t);
+      const Task task = this->task_at(t);
       for (int64_t at = begin; at < end;) {
         const int64_t b = at / rows, stop = min64(end, (b + 1) * rows);
-        f(task, image_at(base, b), b, at - b * rows, stop - b * rows);
+        f(task, this->image_at(b), b, at - b * rows, stop - b * rows);
         at = stop;
       }
     });

@@ -27,6 +27,46 @@ struct Arena {
     used += size_t(n > 0 ? n : 0) * sizeof(T);
     return p;
   }
+  size_t whole_lines() const { return (used + 63) & ~size_t(63); }
+};
+
+// The scratch of a call: a part that all share, then a Task for every thread, then an Image for every image that is worked on at
+// once. `Call` says what is in them: plan_shared(arena), plan_task(arena, task), plan_image(arena, image).
+template <class Call>
+class Scratch {
+ public:
+  // Lays the shared part out from `base` on, and returns the bytes of all parts; with a null base, it only counts.
+  size_t lay_out(char* base, int64_t tasks, int64_t images) {
+    Call& call = static_cast<Call&>(*this);
+    Arena shared{base}, one{nullptr}, two{nullptr};
+    typename Call::Task task;
+    typename Call::Image image;
+    call.plan_shared(shared);
+    call.plan_task(one, task);
+    call.plan_image(two, image);
+    base_ = base;
+    task_bytes_ = one.whole_lines();
+    image_bytes_ = two.whole_lines();
+    first_task_ = shared.whole_lines();
+    first_image_ = first_task_ + size_t(tasks) * task_bytes_;
+    return first_image_ + size_t(images) * image_bytes_;
+  }
+  auto task_at(int64_t t) const {
+    Arena arena{base_ + first_task_ + size_t(t) * task_bytes_};
+    typename Call::Task task;
+    static_cast<const Call&>(*this).plan_task(arena, task);
+    return task;
+  }
+  auto image_at(int64_t i) const {
+    Arena arena{base_ + first_image_ + size_t(i) * image_bytes_};
+    typename Call::Image image;
+    static_cast<const Call&>(*this).plan_image(arena, image);
+    return image;
+  }
+
+ private:
+  char* base_;
+  size_t task_bytes_, image_bytes_, first_task_, first_image_;
 };
 
 template <class F>

@@ -36,7 +36,7 @@ void unmerge(const UnmergeProblem& p, const Parallel& parallel) {
 
 // A source may also have been sent to a prefix token by hand, so groups are over all merged tokens here.
 template <class S>
-struct UnmergeBackward {
+struct UnmergeBackward : Scratch<UnmergeBackward<S>> {
   using M = Compute<S>;
   const UnmergeProblem& p;
   int64_t tasks;
@@ -57,25 +57,18 @@ struct UnmergeBackward {
     task.weights = arena.take<M>(p.num_a + 1);
     task.sum = arena.take<M>(2 * p.dim);
   }
-  size_t task_bytes, shared_bytes;
-  size_t plan(char* base) {
-    Arena arena{base}, one{nullptr};
-    positions.plan(arena, p);
-    shared_bytes = (arena.used + 63) & ~size_t(63);
-    Task task;
-    plan_task(one, task);
-    task_bytes = (one.used + 63) & ~size_t(63);
-    return shared_bytes + size_t(tasks) * task_bytes;
-  }
+  struct Image {};  // none is kept
+  void plan_image(Arena&, Image&) const {}
+  void plan_shared(Arena& arena) { positions.plan(arena, p); }
+  size_t plan(char* base) { return this->lay_out(base, tasks, 0); }
+
   void run(const Parallel& parallel, char* base) {
     plan(base);
     fill_positions(positions.a, positions.b, p.split_a, p.split_b, p.num_a, p.num_b, p.grid_h, p.grid_w, p.prefix);
     const int64_t merged = p.prefix + p.num_b;
     const View& v = p.input;
     run_ranges(parallel, p.batch, tasks, [&](int64_t t, int64_t begin, int64_t end) {
-      Arena arena{base + shared_bytes + size_t(t) * task_bytes};
-      Task task;
-      plan_task(arena, task);
+      const Task task = this->task_at(t);
       for (int64_t k = 0; k <= p.num_a; ++k) task.weights[k] = M(1);
       for (int64_t b = begin; b < end; ++b) {
         group_sources(p.match + b * p.num_a, p.num_a, merged, 0, task.start, task.list);
