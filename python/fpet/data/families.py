@@ -1,138 +1,185 @@
-"""Data sets: the embedded generated tasks, VTAB-1K in NOAH's folders, CIFAR-100, SVHN and the FGVC few-shot tasks."""
+"""The families of data sets, by name: what each needs, how it is loaded and how it is checked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .base import Batch, Dataset, Splits, TensorTask, batches, epoch_order
-from .digits import PretrainingData
-from .lists import FGVC_TASKS, VTAB_TASKS, ImageList, check_folder
-from .shapes import SHAPE_TASKS, draw, shapes_task
+from . import folder, hub, lists, table
+from .base import DataOptions, Splits, TensorTask, epoch_order
+from .image_set import keep_readable
+from .images import normalize
+from .shapes import SHAPE_TASKS, shapes_task
 
-if TYPE_CHECKING:
-    from ..train.config import Config
+__all__ = ["FAMILIES", "Family", "Transforms", "check", "load", "task_names"]
 
-__all__ = [
-    "FAMILIES",
-    "FGVC_TASKS",
-    "SHAPE_TASKS",
-    "VTAB_TASKS",
-    "Batch",
-    "Dataset",
-    "ImageList",
-    "PretrainingData",
-    "Splits",
-    "TensorTask",
-    "batches",
-    "check_folder",
-    "draw",
-    "epoch_order",
-    "image_transform",
-    "load",
-    "shapes_task",
-    "task_names",
-]
 
-_TASKS: dict[str, tuple[str, ...]] = {
-    "shapes": tuple(name for name in SHAPE_TASKS if name != "kind"),
-    "vtab1k": tuple(VTAB_TASKS),
-    "torchvision": ("cifar100", "svhn"),
-    "fgvc": tuple(FGVC_TASKS),
-}
-FAMILIES = tuple(_TASKS)
+class Transforms(NamedTuple):
+    """What becomes of an image.
 
-_NORMALIZATION = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
+    Attributes:
+        evaluation: from an RGB PIL image to a tensor (3, H, W). train: likewise, for training images; None: as evaluation.
+        normalization: name in :data:`fpet.data.NORMALIZATIONS`, for families whose images are tensors from the start.
+    """
+
+    evaluation: Callable[[Any], Tensor]
+    train: Callable[[Any], Tensor] | None = None
+    normalization: str = "none"
+
+    @property
+    def training(self) -> Callable[[Any], Tensor]:
+        return self.evaluation if self.train is None else self.train
+
+
+class Family(NamedTuple):
+    """Attributes: summary; load(task, place, transforms, options); check(task, place, options), the problems by task; tasks it
+    has, none where the data is one task; place, what ``data_dir`` has to be: "folder", "file", "name" (a folder, or a name on
+    the Hub), or "" for none."""
+
+    summary: str
+    load: Callable[[str, str, Transforms, DataOptions], Splits]
+    check: Callable[[str | None, str, DataOptions], dict[str, list[str]]]
+    tasks: tuple[str, ...] = ()
+    place: str = "folder"
 
 
 def task_names(family: str) -> tuple[str, ...]:
-    """The tasks of a family; ValueError where there is no such family."""
-    if family not in _TASKS:
-        raise ValueError(f"data: expected one of {', '.join(FAMILIES)}, got {family!r}")
-    return _TASKS[family]
+    """The tasks of a family, none where its data is one task; ValueError where there is no such family."""
+    return _family(family).tasks
 
 
-def normalize(images: Tensor, how: str) -> Tensor:
-    """(…, 3, H, W) in [0, 1], less mean and over standard deviation: "none", "imagenet", or "half" (to [−1, 1])."""
-    if how == "none":
-        return images
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in _NORMALIZATION[how])
-    return (images - mean) / std
+def load(
+    family: str, task: str = "", place: str | Path = "", *, transforms: Transforms, options: DataOptions | None = None
+) -> Splits:
+    """Training, validation and test images. Without ``options.validate`` validation images are training images too.
 
-
-class _Transform:
-    """Resize to a square, bicubic and anti-aliased, whatever the aspect ratio (NOAH's protocol); [0, 1]; normalise."""
-
-    def __init__(self, size: int, how: str) -> None:
-        self.size, self.how = size, how
-
-    def __call__(self, image: Any) -> Tensor:
-        from torchvision.transforms.functional import InterpolationMode, resize, to_tensor
-
-        return normalize(to_tensor(resize(image, [self.size, self.size], InterpolationMode.BICUBIC)), self.how)
-
-
-def image_transform(size: int, normalization: str = "none") -> Callable[[Any], Tensor]:
-    """From a PIL image to (3, size, size); without normalisation in [0, 1], as the paper's protocol has it."""
-    return _Transform(size, normalization)
-
-
-def load(config: Config) -> Splits:
-    """The data of a run. With the honest protocol a validation set is left out of the training set.
+    Args:
+        family: a key of :data:`FAMILIES`. task: one of its tasks. place: ``data_dir``: see :class:`Family`.
 
     Raises:
-        ValueError, FileNotFoundError: a list or a file is missing or damaged; says which.
+        ValueError, FileNotFoundError: a list, a folder or a file is missing or damaged; names it.
     """
-    validate = config.protocol == "honest"
-    transform = image_transform(config.image_size, config.normalize)
-    if config.data == "shapes":
-        return _shapes(config, validate)
-    assert config.data_dir is not None
-    root = Path(config.data_dir)
-    if config.data == "vtab1k":
-        from .lists import vtab
-
-        return vtab(root, config.task, transform, validate=validate)
-    if config.data == "fgvc":
-        from .lists import fgvc
-
-        return fgvc(root, config.task, transform, shots=config.shots, list_seed=config.list_seed, validate=validate)
-    return _torchvision(config, root, transform, validate)
+    return _family(family).load(task, str(place), transforms, options or DataOptions())
 
 
-def _shapes(config: Config, validate: bool) -> Splits:
-    classes = SHAPE_TASKS[config.task][1]
+def check(
+    family: str, task: str | None = None, place: str | Path = "", options: DataOptions | None = None
+) -> dict[str, list[str]]:
+    """What is missing or damaged, by task, after opening every image; an empty list for what is whole.
+
+    Args: as :func:`load`. task: None for all tasks of the family.
+    """
+    return _family(family).check(task, str(place), options or DataOptions())
+
+
+def _family(name: str) -> Family:
+    if name not in FAMILIES:
+        raise ValueError(f"data: expected one of {', '.join(FAMILIES)}, got {name!r}")
+    return FAMILIES[name]
+
+
+def _by_class(module: Any) -> tuple[Callable[..., Splits], Callable[..., dict[str, list[str]]]]:
+    """Loader and checker of a module whose ``samples(place, options)`` are split by :mod:`fpet.data.folder`."""
+
+    def load(task: str, place: str, transforms: Transforms, options: DataOptions) -> Splits:
+        found = folder.split(module.read(place, options.multi_label), options)
+        return folder.datasets(found, transforms.training, transforms.evaluation, options)
+
+    def check(task: str | None, place: str, options: DataOptions) -> dict[str, list[str]]:
+        return {place: folder.problems(lambda: module.read(place, options.multi_label), options)}
+
+    return load, check
+
+
+def _vtab(task: str, place: str, transforms: Transforms, options: DataOptions) -> Splits:
+    found = lists.vtab(Path(place), task, transforms.evaluation, train=transforms.train, validate=options.validate)
+    return keep_readable(found, options.damaged)
+
+
+def _fgvc(task: str, place: str, transforms: Transforms, options: DataOptions) -> Splits:
+    found = lists.fgvc(
+        Path(place), task, transforms.evaluation, train=transforms.train, shots=options.shots, list_seed=options.list_seed,
+        validate=options.validate,
+    )  # fmt: skip
+    return keep_readable(found, options.damaged)
+
+
+def _shapes(task: str, place: str, transforms: Transforms, options: DataOptions) -> Splits:
+    classes, how = SHAPE_TASKS[task][1], transforms.normalization
     # The drawing does not depend on the run's seed: seeds are compared on the same images.
-    tuning, test = shapes_task(config.task, config.train_count, 1), shapes_task(config.task, config.test_count, 2)
-    tuning.images, test.images = normalize(tuning.images, config.normalize), normalize(test.images, config.normalize)
-    if not validate:
-        return Splits(config.task, classes, tuning, None, test)
-    left = config.train_count * 4 // 5  # as train800 and val200
+    tuning, test = shapes_task(task, options.train_count, 1), shapes_task(task, options.test_count, 2)
+    tuning.images, test.images = normalize(tuning.images, how), normalize(test.images, how)
+    if not options.validate:
+        return Splits(task, classes, tuning, None, test)
+    left = options.train_count * 4 // 5  # as train800 and val200
     train = TensorTask(tuning.images[:left], tuning.labels[:left])
-    return Splits(config.task, classes, train, TensorTask(tuning.images[left:], tuning.labels[left:]), test)
+    return Splits(task, classes, train, TensorTask(tuning.images[left:], tuning.labels[left:]), test)
 
 
-def _torchvision(config: Config, root: Path, transform: Callable[[Any], Tensor], validate: bool) -> Splits:
+def _torchvision(task: str, place: str, transforms: Transforms, options: DataOptions) -> Splits:
     from torchvision.datasets import CIFAR100, SVHN
 
+    def part(name: str, transform: Callable[[Any], Tensor]) -> Any:
+        if task == "cifar100":
+            return CIFAR100(place, train=name == "train", transform=transform)
+        return SVHN(place, split=name, transform=transform)
+
     try:
-        if config.task == "cifar100":
-            train, test = (CIFAR100(str(root), train=part, transform=transform) for part in (True, False))
-        else:
-            train, test = (SVHN(str(root), split=part, transform=transform) for part in ("train", "test"))
+        train, seen, test = (
+            part(name, transform)
+            for name, transform in (
+                ("train", transforms.training), ("train", transforms.evaluation), ("test", transforms.evaluation)
+            )
+        )  # fmt: skip
     except RuntimeError as error:
-        raise FileNotFoundError(f"data_dir: expected torchvision's files of {config.task} in {root}: {error}") from error
-    classes = 100 if config.task == "cifar100" else 10
-    if not validate:
-        return Splits(config.task, classes, train, None, test)
+        raise FileNotFoundError(f"data_dir: expected torchvision's files of {task} in {place}: {error}") from error
+    names = tuple(train.classes) if task == "cifar100" else tuple(map(str, range(10)))
+    if not options.validate:
+        return Splits(task, len(names), train, None, test, names)
     order = epoch_order(len(train), 0, 0).tolist()  # a fixed fifth is left out
     left = len(order) * 4 // 5
     subset = torch.utils.data.Subset
-    return Splits(config.task, classes, subset(train, order[:left]), subset(train, order[left:]), test)
+    return Splits(task, len(names), subset(train, order[:left]), subset(seen, order[left:]), test, names)
+
+
+def _check_by_loading(family: str) -> Callable[[str | None, str, DataOptions], dict[str, list[str]]]:
+    """A checker for families whose own loader checks files by their digests, or that have no files."""
+
+    def check(task: str | None, place: str, options: DataOptions) -> dict[str, list[str]]:
+        wrong: dict[str, list[str]] = {}
+        for name in FAMILIES[family].tasks if task is None else (task,):
+            try:
+                FAMILIES[family].load(name, place, Transforms(lambda image: image), options)
+                wrong[name] = []
+            except (OSError, ValueError) as error:
+                wrong[name] = [str(error)]
+        return wrong
+
+    return check
+
+
+def _check_vtab(task: str | None, place: str, options: DataOptions) -> dict[str, list[str]]:
+    return lists.check_folder(Path(place), None if task is None else [task])
+
+
+def _check_fgvc(task: str | None, place: str, options: DataOptions) -> dict[str, list[str]]:
+    names = lists.FGVC_TASKS if task is None else (task,)
+    return {name: lists.check_fgvc(Path(place), name, options.shots, options.list_seed) for name in names}
+
+
+FAMILIES: Mapping[str, Family] = {
+    "shapes": Family(
+        "drawn shapes, made on the spot", _shapes, _check_by_loading("shapes"),
+        tuple(name for name in SHAPE_TASKS if name != "kind"), "",
+    ),
+    "folder": Family("images of your own, a folder per class", *_by_class(folder)),
+    "csv": Family("images of your own, listed in a CSV file", *_by_class(table), place="file"),
+    "huggingface": Family("a data set of Hugging Face's library datasets", *_by_class(hub), place="name"),
+    "vtab1k": Family("VTAB-1K in NOAH's folders", _vtab, _check_vtab, tuple(lists.VTAB_TASKS)),
+    "torchvision": Family("CIFAR-100 and SVHN", _torchvision, _check_by_loading("torchvision"), ("cifar100", "svhn")),
+    "fgvc": Family("the five FGVC few-shot tasks", _fgvc, _check_fgvc, tuple(lists.FGVC_TASKS)),
+}  # fmt: skip

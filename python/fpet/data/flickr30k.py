@@ -16,7 +16,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from .lists import find_damaged
+from .images import find_damaged, read_image
+from .lists import read_text
 
 __all__ = ["IMAGE_FOLDER", "LIST_NAME", "SIZES", "SPLITS", "ImageTextSplit", "check_folder", "clean_caption", "load_split"]
 
@@ -46,8 +47,7 @@ class ImageTextSplit:
 
     def image(self, index: int) -> Tensor:
         """(3, H, W): what ``transform`` makes of image ``index``, read as RGB."""
-        with Image.open(self.files[index]) as image:
-            return self.transform(image.convert("RGB"))
+        return self.transform(read_image(self.files[index]))
 
     def __getitem__(self, index: int) -> tuple[Tensor, str, int]:
         """A caption with its image: (3, H, W), the caption, the index of the image."""
@@ -131,7 +131,7 @@ def _read_list(path: Path) -> list[tuple[str, str, list[str]]]:
     if not path.is_file():
         raise FileNotFoundError(f"root: expected Karpathy's list {path}, got no such file")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON: {error}") from error
     images = content.get("images") if isinstance(content, dict) else None

@@ -7,7 +7,7 @@ FGVC: ``DATA_DIR/TASK/annotations/{train_meta.list.num_shot_S.seed_K,val_meta.li
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from .base import Splits
+from .image_set import ImageSet, Sample
+from .images import find_damaged
 
-__all__ = ["FGVC_TASKS", "VTAB_TASKS", "ImageList", "ListedTask", "check_folder", "fgvc", "read_list", "vtab"]
+__all__ = [
+    "FGVC_TASKS", "VTAB_TASKS", "ImageList", "ListedTask", "check_fgvc", "check_folder", "fgvc", "read_list", "read_text",
+    "vtab",
+]  # fmt: skip
 
 
 class ListedTask(NamedTuple):
@@ -61,19 +66,23 @@ FGVC_TASKS = {
 _VTAB_SIZES = {"train800": 800, "val200": 200, "train800val200": 1000}
 
 
-class ImageList:
-    """Image files and their labels. ``transform`` makes a (3, H, W) tensor of a PIL image in RGB."""
+class ImageList(ImageSet):
+    """Image files, each with one label. ``transform`` makes a (3, H, W) tensor of a PIL image in RGB."""
 
-    def __init__(self, samples: list[tuple[Path, int]], transform: Callable[[Image.Image], Tensor]) -> None:
-        self.samples, self.transform = samples, transform
+    def __init__(self, samples: Iterable[tuple[str | Path, int]], transform: Callable[[Image.Image], Tensor]) -> None:
+        super().__init__([Sample(str(path), (label,)) for path, label in samples], transform)
 
-    def __len__(self) -> int:
-        return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.samples[index]
-        with Image.open(path) as image:
-            return self.transform(image.convert("RGB")), label
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is in another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x} at {error.start}") from error
 
 
 def read_list(path: Path, root: Path, num_classes: int) -> list[tuple[Path, int]]:
@@ -83,7 +92,7 @@ def read_list(path: Path, root: Path, num_classes: int) -> list[tuple[Path, int]
         FileNotFoundError: no list. ValueError: a line is not "path label", or the label is not in range(num_classes).
     """
     samples = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         name, _, label = line.strip().rpartition(" ")
@@ -97,29 +106,43 @@ def read_list(path: Path, root: Path, num_classes: int) -> list[tuple[Path, int]
     return samples
 
 
-def vtab(root: Path, task: str, transform: Callable[[Image.Image], Tensor], *, validate: bool) -> Splits:
-    """A VTAB-1K task: train800val200 and test; with ``validate`` train800, val200 and test."""
-    folder, classes = root / task, VTAB_TASKS[task].num_classes
+Transform = Callable[[Image.Image], Tensor]
+
+
+def vtab(root: Path, task: str, transform: Transform, *, train: Transform | None = None, validate: bool) -> Splits:
+    """A VTAB-1K task: train800val200 and test; with ``validate`` train800, val200 and test. ``train``: of training images."""
+    folder = root / task
     names = ("train800", "val200", "test") if validate else ("train800val200", None, "test")
-    train, val, test = (
-        None if name is None else ImageList(read_list(folder / f"{name}.txt", folder, classes), transform) for name in names
-    )
-    assert train is not None and test is not None
-    return Splits(task, classes, train, val, test)
+    lists = [None if name is None else folder / f"{name}.txt" for name in names]
+    return _splits(task, folder, VTAB_TASKS[task].num_classes, lists, transform, train)
 
 
 def fgvc(
-    root: Path, task: str, transform: Callable[[Image.Image], Tensor], *, shots: int = 16, list_seed: int = 0, validate: bool
-) -> Splits:
+    root: Path, task: str, transform: Transform, *, train: Transform | None = None, shots: int = 16, list_seed: int = 0,
+    validate: bool,
+) -> Splits:  # fmt: skip
     """A few-shot task: ``shots`` (1, 2, 4, 8 or 16) images a class, the ``list_seed``-th draw (0, 1 or 2)."""
-    folder, classes = root / task, FGVC_TASKS[task].num_classes
-    names = (f"train_meta.list.num_shot_{shots}.seed_{list_seed}", "val_meta.list" if validate else None, "test_meta.list")
-    train, val, test = (
-        None if name is None else ImageList(read_list(folder / "annotations" / name, folder, classes), transform)
-        for name in names
+    lists = _fgvc_lists(root / task, shots, list_seed)
+    if not validate:
+        lists[1] = None
+    return _splits(task, root / task, FGVC_TASKS[task].num_classes, lists, transform, train)
+
+
+def _fgvc_lists(folder: Path, shots: int, list_seed: int) -> list[Path | None]:
+    names = (f"train_meta.list.num_shot_{shots}.seed_{list_seed}", "val_meta.list", "test_meta.list")
+    return [folder / "annotations" / name for name in names]
+
+
+def _splits(
+    task: str, folder: Path, classes: int, lists: Sequence[Path | None], transform: Transform, train: Transform | None
+) -> Splits:
+    """The data sets of the lists of training, validation (or None) and test images."""
+    tuned, val, test = (
+        None if path is None else ImageList(read_list(path, folder, classes), how)
+        for path, how in zip(lists, (train or transform, transform, transform), strict=True)
     )
-    assert train is not None and test is not None
-    return Splits(task, classes, train, val, test)
+    assert tuned is not None and test is not None
+    return Splits(task, classes, tuned, val, test)
 
 
 def check_folder(root: Path, tasks: list[str] | None = None, *, decode: bool = True) -> dict[str, list[str]]:
@@ -130,6 +153,23 @@ def check_folder(root: Path, tasks: list[str] | None = None, *, decode: bool = T
         decode: open every image, which takes minutes for the whole of it; otherwise only look whether it is there.
     """
     return {task: _check_task(root / task, VTAB_TASKS[task], decode) for task in tasks or VTAB_TASKS}
+
+
+def check_fgvc(root: Path, task: str, shots: int = 16, list_seed: int = 0) -> list[str]:
+    """What is missing or damaged of a few-shot task: lists that can't be read, images that are missing or can't be opened."""
+    folder, classes = root / task, FGVC_TASKS[task].num_classes
+    wrong: list[str] = []
+    files: set[Path] = set()
+    for path in _fgvc_lists(folder, shots, list_seed):
+        assert path is not None
+        try:
+            files.update(file for file, _ in read_list(path, folder, classes))
+        except (OSError, ValueError) as error:
+            wrong.append(str(error))
+    missing, unreadable = find_damaged(sorted(files), True)
+    if missing:
+        wrong.append(f"{folder}: {len(missing)} of {len(files)} images are missing, such as {missing[0]}")
+    return wrong + unreadable
 
 
 def _check_task(folder: Path, task: ListedTask, decode: bool) -> list[str]:
@@ -158,21 +198,3 @@ def _check_task(folder: Path, task: ListedTask, decode: bool) -> list[str]:
     if missing:
         wrong.append(f"{folder}: {len(missing)} of {len(files)} images are missing, such as {missing[0]}")
     return wrong + unreadable
-
-
-def find_damaged(files: list[Path], decode: bool) -> tuple[list[Path], list[str]]:
-    """Which files are not there and, with ``decode``, why others can't be read as images."""
-    missing = [path for path in files if not path.is_file()]
-    if not decode:
-        return missing, []
-    absent = set(missing)
-    return missing, [reason for path in files if path not in absent and (reason := _why_unreadable(path)) is not None]
-
-
-def _why_unreadable(path: Path) -> str | None:
-    try:
-        with Image.open(path) as image:
-            image.load()  # verify() would pass a truncated file
-    except Exception as error:  # each format has its own
-        return f"{path}: damaged: {type(error).__name__}: {error}"
-    return None

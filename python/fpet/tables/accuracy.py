@@ -21,6 +21,7 @@ from ..files.checkpoint import write_atomically
 from ..train import pretrain
 from ..train.config import PRESETS, Config, ConfigError
 from ..train.evaluation import evaluate
+from ..train.inputs import load_data
 from ..train.run import reduce_tokens, sweep, train
 from .measure import MODELS, Variant
 
@@ -149,7 +150,7 @@ def present_tasks(family: str, folder: Path, settings: dict[str, Any]) -> tuple[
     present, absent = [], {}
     for task in data.task_names(family):
         try:
-            data.load(Config(**({"data": family, "task": task, "data_dir": str(folder)} | settings)))
+            load_data(Config(**({"data": family, "task": task, "data_dir": str(folder)} | settings)))
             present.append(task)
         except (OSError, ValueError) as error:
             absent[task] = str(error)

@@ -49,11 +49,16 @@ class Config:
     :func:`fpet.train.train` calls :meth:`check` first. Fields in ``FREE`` may differ between a run and its resumption.
     """
 
-    data: str = _option("shapes", "family of tasks", FAMILIES)
-    task: str = _option("orientation", "task of the family, such as location or cifar")
-    data_dir: str | None = _option(None, "folder of the data, for the families that are read from files")
+    data: str = _option("shapes", "family of data sets", tuple(FAMILIES))
+    task: str = _option("orientation", "task of the family, such as location or cifar (shapes, vtab1k, torchvision, fgvc)")
+    data_dir: str | None = _option(None, "folder of the data; csv: the file; huggingface: a folder or a name on the Hub")
     image_size: int = _option(32, "side of the images the model sees")
     normalize: str = _option("none", "per-channel normalisation of images in [0, 1]", ("none", "imagenet", "half"))
+    val_fraction: float = _option(0.1, "of each class's training images, held out where there are no validation images")
+    test_fraction: float = _option(0.2, "of each class's images, held out where there are no test images")
+    split_seed: int = _option(0, "of what is held out")
+    damaged: str = _option("error", "images that can't be read: stop, or leave them out and name them", ("error", "skip"))
+    multi_label: bool = _option(False, "images have any number of labels (csv: separated by |)")
     train_count: int = _option(1000, "drawn images for training and validation together (shapes)")
     test_count: int = _option(1000, "drawn images for the test (shapes)")
 
@@ -151,9 +156,17 @@ class Config:
         expect(self.batch_size % parts == 0, "batch_size", f"a multiple of {world_size} processes × {self.accumulate} parts")
         expect(not (self.compile and self.parallel == "fsdp"), "compile", "False with parallel='fsdp'")
         if self.data in FAMILIES:
-            expect(self.task in task_names(self.data), "task", f"one of {', '.join(task_names(self.data))} for {self.data}")
-        if self.data != "shapes":
-            expect(self.data_dir is not None and Path(self.data_dir).is_dir(), "data_dir", f"the folder of {self.data}")
+            names, place = task_names(self.data), FAMILIES[self.data].place
+            expect(not names or self.task in names, "task", f"one of {', '.join(names)} for {self.data}")
+            given = Path(self.data_dir or "")
+            if place == "folder":
+                expect(self.data_dir is not None and given.is_dir(), "data_dir", f"the folder of {self.data}")
+            elif place == "file":
+                expect(self.data_dir is not None and given.is_file(), "data_dir", f"the {self.data} file")
+            elif place == "name":
+                expect(bool(self.data_dir), "data_dir", "a folder, or a name on the Hub")
+        for name in ("val_fraction", "test_fraction"):
+            expect(0 < getattr(self, name) < 1, name, "a fraction in (0, 1)")
         if self.model == EMBEDDED_MODEL:
             expect(self.image_size == 32, "image_size", "32 for the embedded model")
         if self.weights is not None:

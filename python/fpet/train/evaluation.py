@@ -79,8 +79,8 @@ def evaluate_run(folder: str | Path, **changes: Any) -> Score:
     Raises:
         FileNotFoundError: the run has not finished. ConfigError, ValueError: a change or a file does not fit.
     """
-    from .. import data
     from .config import Config
+    from .inputs import load_data
     from .run import load_tuned, pick_device
 
     folder = Path(folder)
@@ -89,7 +89,7 @@ def evaluate_run(folder: str | Path, **changes: Any) -> Score:
             raise FileNotFoundError(f"folder: expected a finished run with {name}, got {folder}")
     config = dataclasses.replace(Config.from_json((folder / "config.json").read_text()), output=str(folder), **changes)
     config.check()
-    splits = data.load(config)
+    splits = load_data(config)
     device = pick_device(config)
     model = load_tuned(config, splits.num_classes).to(device)
     return evaluate(

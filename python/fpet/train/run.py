@@ -31,17 +31,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .. import comparators, data
+from .. import comparators
 from ..adapters import add_adapters
 from ..adapters.freezing import count_parameters, freeze, parameter_roles
 from ..comparators.ltmp import PENALTY
-from ..data import Splits, batches, epoch_order
+from ..data import FAMILIES, Splits, batches, epoch_order
 from ..files import checkpoint, saving
 from ..vit.patch import apply, find_model
 from . import pretrain, sharding
 from .config import EMBEDDED_MODEL, REDUCTIONS, Config, ConfigError, from_arguments
 from .config import add_arguments as add_config_arguments
 from .evaluation import evaluate
+from .inputs import check_data, load_data
 
 __all__ = ["Result", "add_arguments", "build_model", "compare", "learning_rate", "run", "sweep", "train"]
 
@@ -282,7 +283,7 @@ def train(config: Config, *, test: bool = True, on_step: Callable[[int], None] |
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     config.check(world_size=world)
     _rehearse(config)
-    splits = data.load(config)
+    splits = load_data(config)
     _check_counts(config, splits)
     with _process_group(config) as (rank, world):
         return _Run(config, splits, rank, world, on_step).go(test)
@@ -640,7 +641,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sweep-scale", metavar="S,S,…", help="try each scale s on validation images, keep the best")
     parser.add_argument("--compare", metavar="NAME,NAME,…", help="train with each of several reductions")
     parser.add_argument("--seeds", metavar="N,N,…", default="0", help="seeds for --compare (default: 0)")
-    parser.add_argument("--check-data", action="store_true", help="only say what is missing or damaged in a vtab1k folder")
+    parser.add_argument("--check-data", action="store_true", help="only say what is missing or damaged in the data")
 
 
 def _numbers(text: str, kind: Callable[[str], Any], flag: str) -> list[Any]:
@@ -651,9 +652,9 @@ def _numbers(text: str, kind: Callable[[str], Any], flag: str) -> list[Any]:
 
 
 def _check_data(config: Config) -> int:
-    if config.data_dir is None or config.data not in ("vtab1k", "shapes"):
-        raise ConfigError("check_data: expected --data-dir with the folder of VTAB-1K")
-    found = data.check_folder(Path(config.data_dir))
+    if FAMILIES[config.data].place and config.data_dir is None:
+        raise ConfigError(f"--check-data: expected --data-dir with the place of {config.data}")
+    found = check_data(config)
     for task, wrong in found.items():
         print(f"{task:<22} {'complete' if not wrong else f'{len(wrong)} problems'}")
         for line in wrong:

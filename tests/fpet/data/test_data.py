@@ -15,6 +15,7 @@ from fpet.data import check_folder, epoch_order, image_transform, shapes_task
 from fpet.data.lists import VTAB_TASKS, read_list
 from fpet.data.shapes import KINDS, SHAPE_TASKS, Shapes, draw
 from fpet.train.config import Config
+from fpet.train.inputs import load_data
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -111,7 +112,7 @@ def config(root: Path, **changes: object) -> Config:
 
 
 def test_vtab_splits_follow_the_protocol(vtab: Path) -> None:
-    paper, honest = data.load(config(vtab)), data.load(config(vtab, protocol="honest"))
+    paper, honest = load_data(config(vtab)), load_data(config(vtab, protocol="honest"))
     assert (len(paper.train), paper.val, len(paper.test), paper.num_classes) == (8, None, 4, 4)
     assert (len(honest.train), len(honest.val), len(honest.test)) == (5, 3, 4)
     image, label = honest.train[2]
@@ -120,7 +121,7 @@ def test_vtab_splits_follow_the_protocol(vtab: Path) -> None:
 
 
 def test_batches_of_files_with_and_without_workers(vtab: Path) -> None:
-    splits = data.load(config(vtab))
+    splits = load_data(config(vtab))
     before = torch.get_rng_state()
     found = {workers: list(data.batches(splits.train, [[3, 1], [7, 0]], workers=workers)) for workers in (0, 1)}
     assert torch.equal(before, torch.get_rng_state())
@@ -184,10 +185,10 @@ def test_checker_finds_what_is_missing_and_damaged(vtab: Path) -> None:
     (folder / "val200.txt").write_text("images/train/val200 0.png 1\n")
     text = "\n".join(check_folder(vtab, ["kitti"])["kitti"])
     assert "1 of 12 images are missing" in text and "train800 0.png" in text
-    assert "test 1.png: damaged" in text
+    assert "test 1.png: can't be read as an image" in text
     assert "1 images are training images too" in text
     assert "the images and labels of train800.txt and val200.txt together" in text
-    assert "damaged" not in "\n".join(check_folder(vtab, ["kitti"], decode=False)["kitti"])
+    assert "can't be read" not in "\n".join(check_folder(vtab, ["kitti"], decode=False)["kitti"])
 
 
 def test_checker_passes_a_whole_folder(tmp_path: Path) -> None:
@@ -212,17 +213,17 @@ def test_few_shot_lists(tmp_path: Path) -> None:
             write_image(tmp_path / "food101" / f"{name}/{i}.jpg", i)
         (lists / name).write_text("".join(f"{name}/{i}.jpg {i}\n" for i in range(count)))
     some = config(tmp_path, data="fgvc", task="food101", shots=2, list_seed=1, protocol="honest")
-    splits = data.load(some)
+    splits = load_data(some)
     assert (len(splits.train), len(splits.val), len(splits.test), splits.num_classes) == (4, 2, 3, 101)
     assert splits.test[1][1] == 1
     with pytest.raises(FileNotFoundError, match="num_shot_16"):
-        data.load(dataclasses.replace(some, shots=16))
+        load_data(dataclasses.replace(some, shots=16))
 
 
 def test_torchvision_sets_that_are_not_there(tmp_path: Path) -> None:
     for task in ("cifar100", "svhn"):
         with pytest.raises(FileNotFoundError, match=f"data_dir: expected torchvision's files of {task}"):
-            data.load(config(tmp_path, data="torchvision", task=task))
+            load_data(config(tmp_path, data="torchvision", task=task))
 
 
 def test_svhn_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +235,7 @@ def test_svhn_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for split in ("train", "test"):
         pixels = torch.arange(10).repeat(32, 32, 3, 1).to(torch.uint8).numpy()
         io.savemat(tmp_path / f"{split}_32x32.mat", {"X": pixels, "y": torch.arange(1, 11)[:, None].numpy()})
-    splits = data.load(config(tmp_path, data="torchvision", task="svhn", protocol="honest"))
+    splits = load_data(config(tmp_path, data="torchvision", task="svhn", protocol="honest"))
     assert (len(splits.train), len(splits.val), len(splits.test), splits.num_classes) == (8, 2, 10, 10)
     assert splits.test[9][1] == 0, "SVHN's label 10 is the digit zero"
     image, label = splits.train[0]
