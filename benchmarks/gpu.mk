@@ -12,7 +12,7 @@ gpu-doctor: $(READY)
 	$(PY) -m fpet_kernels | tee $(OUT)/gpu-doctor.txt
 
 # Triton compiles hundreds of kernels: on many cores at once, where pytest-xdist is.
-PARALLEL = $(shell $(PY) -c 'import xdist' 2> /dev/null && echo -n 8)
+PARALLEL = $(shell $(PY) -c 'import xdist; print("-n 8")' 2> /dev/null)
 gpu-test: $(READY)
 	@mkdir -p $(OUT)
 	FPET_REQUIRE_BACKENDS=cuda,triton,cpu $(PY) -m pytest -q $(PARALLEL) 2>&1 | tee $(OUT)/gpu-tests.txt

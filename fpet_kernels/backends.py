@@ -121,6 +121,11 @@ def _ask_cuda(question: str, *arguments: int) -> dict[str, Any]:
     return json.loads(ask(*arguments))
 
 
+def _cuda_driver() -> int:
+    """The CUDA version that the driver is for, as 1000 major + 10 minor; 0 without one."""
+    return ctypes.CDLL(str(library_path(_CUDA_LIBRARY))).fpet_cuda_driver()
+
+
 def cuda_facts() -> dict[str, Any]:
     """The CUDA library's ``nvcc``, ``architectures``, ``runtime`` version, and kernels by device; empty without it."""
     if not _CUDA.available:
@@ -143,16 +148,40 @@ _REFUSED_BY_CUDA: dict[int, str | None] = {}
 
 
 def _refused_by_cuda(index: int) -> str | None:
-    """Why the compiled kernels don't run on this GPU; None if they do."""
+    """Why the compiled kernels don't run on this GPU; None if they do.
+
+    Worked out from what was compiled, without a question to the device: a first call may be one that a CUDA graph captures.
+    """
     if index not in _REFUSED_BY_CUDA:
-        found = _ask_cuda("fpet_cuda_kernels", index)
-        error = found.get("error") or next((kernel["error"] for kernel in found["kernels"] if kernel["error"]), "")
-        if error:
-            major, minor = torch.cuda.get_device_capability(index)
-            targets = _ask_cuda("fpet_cuda_build")["architectures"]
-            error = f"on compute capability {major}.{minor}, compiled for {targets}: {error}"
-        _REFUSED_BY_CUDA[index] = error or None
+        build = _ask_cuda("fpet_cuda_build")
+        why = _no_code_for(torch.cuda.get_device_capability(index), build["architectures"], build["runtime"], _cuda_driver())
+        _REFUSED_BY_CUDA[index] = why
     return _REFUSED_BY_CUDA[index]
+
+
+def _no_code_for(capability: tuple[int, int], targets: str, runtime: int, driver: int) -> str | None:
+    """Why code compiled for ``targets`` (CMake's names) by CUDA ``runtime`` doesn't run under ``driver`` on such a GPU; None if it does.
+
+    Machine code runs on its own compute capability and on later minor ones; where its name ends in a letter, on its own alone ("a")
+    or its family ("f", later minors). PTX runs on all later ones, once a driver no older than its compiler has compiled it.
+    """
+    if driver // 1000 < runtime // 1000:
+        version = f"CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "no CUDA at all"
+        return f"the driver is for {version}, and these kernels were compiled by CUDA {runtime // 1000}.{runtime % 1000 // 10}"
+    by_ptx = False
+    for target in targets.split():
+        number, _, kind = target.partition("-")
+        compiled, letter = divmod(int(number.rstrip("af")), 10), number[len(number.rstrip("af")) :]
+        same = capability == compiled if letter == "a" else capability[0] == compiled[0] and capability[1] >= compiled[1]
+        if kind != "virtual" and same:
+            return None
+        by_ptx |= kind != "real" and (capability == compiled if letter == "a" else capability >= compiled)
+    if by_ptx and driver >= runtime:
+        return None
+    why = f"on compute capability {capability[0]}.{capability[1]}, compiled for {targets}: "
+    if by_ptx:
+        return f"{why}its PTX needs a driver for CUDA {runtime // 1000}.{runtime % 1000 // 10}, and this one is for {driver // 1000}.{driver % 1000 // 10}"
+    return f"{why}no kernel image for it"
 
 
 # What torch.compiler.assume_constant_result does; calling it would import Dynamo, and with it Triton.

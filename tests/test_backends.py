@@ -132,6 +132,54 @@ def test_the_default_gives_what_the_backend_by_name_gives(device):
         assert torch.equal(value, run(problem, chosen)[name]), name
 
 
+@pytest.mark.parametrize(
+    ("capability", "targets", "driver", "why"),
+    [
+        ((9, 0), "80-real 90a-real", 13000, None),
+        ((9, 0), "80-real", 13000, "on compute capability 9.0, compiled for 80-real: no kernel image"),
+        ((8, 9), "80-real 90a-real", 13000, None),
+        ((8, 0), "86-real 90a-real", 13000, "no kernel image"),
+        ((10, 3), "100", 13000, None),
+        ((11, 0), "100 120", 13000, None),
+        ((11, 0), "100-real 120", 13000, "no kernel image"),
+        ((12, 1), "90-virtual", 13020, None),
+        ((12, 1), "90-virtual", 13010, None),
+        ((12, 1), "90a", 13000, "no kernel image"),
+        ((10, 1), "100a-real", 13000, "no kernel image"),
+        ((10, 3), "100f-real", 13000, None),
+        ((9, 0), "90a-real", 12080, "the driver is for CUDA 12.8, and these kernels were compiled by CUDA 13.0"),
+        ((9, 0), "90a-real", 0, "the driver is for no CUDA at all"),
+    ],
+)
+def test_which_gpus_the_compiled_kernels_run_on(capability, targets, driver, why):
+    found = backends._no_code_for(capability, targets, 13000, driver)
+    assert (found is None) if why is None else (found is not None and why in found), found
+
+
+def test_ptx_needs_a_driver_no_older_than_its_compiler():
+    assert backends._no_code_for((12, 0), "100", 13020, 13020) is None
+    assert "its PTX needs a driver for CUDA 13.2, and this one is for 13.0" in (
+        backends._no_code_for((12, 0), "100", 13020, 13000) or ""
+    )
+
+
+def test_a_first_call_asks_the_gpu_nothing(gpu):
+    """It may be one that a CUDA graph captures, and attributes of all kernels load them all."""
+
+    def ask(question, *arguments):
+        assert question == "fpet_cuda_build", f"{question} was asked"
+        return {"architectures": "80-real 90a-real", "runtime": 13000, "nvcc": "13.0.1"}
+
+    gpu.setattr(backends, "_REFUSED_BY_CUDA", {})
+    gpu.setattr(backends, "_ask_cuda", ask)
+    gpu.setattr(backends, "_cuda_driver", lambda: 13000)
+    gpu.setattr(torch.cuda, "get_device_capability", lambda _index: (9, 0))
+    assert backends.select(OnGpu(), None) == "cuda"
+    gpu.setattr(backends, "_REFUSED_BY_CUDA", {})
+    gpu.setattr(torch.cuda, "get_device_capability", lambda _index: (7, 5))
+    assert "no kernel image" in backends.refuses("cuda", OnGpu())
+
+
 def test_unknown_names():
     for call in (
         backends.status,

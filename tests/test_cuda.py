@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,45 @@ def test_cuda_graph(grid):
         assert torch.equal(g, w)
 
 
+FIRST_CALL = """
+import torch
+from support import full_problem
+from test_cuda import both_ways
+problems = [full_problem(grid=(side, side), dim=64, device="cuda", dtype=torch.bfloat16) for side in (14, 30)]
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    got = [t for problem in problems for t in both_ways(problem)]
+graph.replay()
+want = [t for problem in problems for t in both_ways(problem)]
+assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+"""
+
+
+@on_a_gpu
+def test_the_first_call_ever_can_be_captured():
+    done = subprocess.run([sys.executable, "-c", FIRST_CALL], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@on_a_gpu
+def test_threads_with_different_shapes():
+    """What one launch is allowed to take of shared memory, no other thread's launch changes."""
+    problems = [full_problem(grid=(side, side), dim=64, device="cuda", dtype=torch.bfloat16) for side in (5, 9, 14, 20)]
+    want = [both_ways(problem) for problem in problems]
+
+    def work(index: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(200):
+                got = both_ways(problems[index])
+            torch.cuda.current_stream().synchronize()
+        return all(torch.equal(g, w) for g, w in zip(got, want[index], strict=True))
+
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(len(problems)) as pool:
+        assert all(pool.map(work, range(len(problems))))
+
+
 @on_a_gpu
 def test_runs_on_the_current_stream_and_waits_for_nothing():
     """Work queued before on the same stream is seen; the host is never made to wait."""
@@ -269,3 +309,17 @@ def test_the_device_of_the_tensors_is_used_not_the_current_one():
     assert torch.cuda.current_device() == 0
     check(problem, "cuda")
     assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU at most")
+def test_no_context_on_the_gpu_that_is_not_used():
+    script = """
+import torch
+from support import full_problem
+from test_cuda import both_ways
+both_ways(full_problem(device="cuda:1"))
+torch.cuda.synchronize(1)
+assert not torch._C._cuda_hasPrimaryContext(0) and torch._C._cuda_hasPrimaryContext(1)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ import pytest
 from fpet_kernels import backends
 
 LIBRARY = backends.library_path("libfpet_cuda_ops.so")
+ROOT = Path(__file__).resolve().parents[1]
 
 # Bytes of shared memory that a block can ask for (CUDA C++ programming guide, technical specifications by compute capability).
 SHARED = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10, 120: 99 << 10, 121: 99 << 10}  # fmt: skip
@@ -144,9 +145,19 @@ def test_architectures(cuobjdump, code):
 
 
 def test_every_kernel_is_listed_for_introspection(code):
-    """The doctor's list names every kernel that was compiled, and no other."""
-    listed = {kernel["name"].partition("<")[0] for kernel in backends._ask_cuda("fpet_cuda_kernels", -1)["kernels"]}
-    assert listed == {name.partition("<")[0] for _, name in code}
+    """The doctor's list names every kernel that was compiled, each instance of a template by a name of its own, and no other."""
+    listed = [kernel["name"] for kernel in backends._ask_cuda("fpet_cuda_kernels", -1)["kernels"]]
+    assert len(set(listed)) == len(listed)
+    compiled = {name for _, name in code}
+    by_template = [collections.Counter(name.partition("<")[0] for name in names) for names in (listed, compiled)]
+    assert by_template[0] == by_template[1]
+
+
+def test_the_guard_of_a_device_is_torchs(code):
+    """One of our own would make a context on the device it goes back to."""
+    assert b"aoti_torch_create_device_guard" in LIBRARY.read_bytes()
+    for source in (*(ROOT / "csrc/cuda").iterdir(), ROOT / "csrc/bindings/cuda_ops.cpp"):
+        assert "cudaSetDevice(" not in source.read_text(), source.name
 
 
 def test_resources(code):

@@ -8,6 +8,10 @@
 
 #include <cstdio>
 
+#ifndef FPET_EMULATE_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
 #include "common.h"
 #include "fpet/bdm_cuda.h"
 
@@ -39,39 +43,20 @@ cudaStream_t current_stream(int32_t device) {
 }
 #endif
 
-void check(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
-}
-
 void check(const fpet::CudaStatus& status) {
   STD_TORCH_CHECK(status.error == cudaSuccess, "CUDA kernel ", status.kernel ? status.kernel : "?",
                   " could not be launched: ", cudaGetErrorString(status.error));
 }
 
-// Makes a device current, in the CUDA runtime linked in here; its state and that of torch's own are both the driver's.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
 #ifndef FPET_EMULATE_CUDA
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    changed_ = before_ != device;
-    if (changed_) check(cudaSetDevice(device), "cudaSetDevice");
+// Torch's, which makes no context on the device that it goes back to where the thread had none there. What is current is the
+// driver's: the CUDA runtime linked in here sees it.
+using DeviceGuard = torch::stable::accelerator::DeviceGuard;
 #else
-    (void)device;
-#endif
-  }
-  ~DeviceGuard() {
-#ifndef FPET_EMULATE_CUDA
-    if (changed_) cudaSetDevice(before_);
-#endif
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
 };
+#endif
 
 Device device_of(const Tensor& t, const char* name) {
 #ifndef FPET_EMULATE_CUDA
@@ -175,6 +160,16 @@ extern "C" __attribute__((visibility("default"))) const char* fpet_cuda_build() 
   result = "{\"nvcc\": " + quoted(FPET_NVCC) + ", \"architectures\": " + quoted(FPET_CUDA_ARCHITECTURES) +
            ", \"runtime\": " + std::to_string(runtime) + "}";
   return result.c_str();
+}
+
+// The CUDA version that the driver here is for, as 1000 major + 10 minor; 0 without a driver. Makes no context, so it can be asked while
+// a stream is captured.
+extern "C" __attribute__((visibility("default"))) int fpet_cuda_driver() {
+  int version = 0;
+#ifndef FPET_EMULATE_CUDA
+  cudaDriverGetVersion(&version);
+#endif
+  return version;
 }
 
 // JSON, likewise: the kernels as they are on this device, or the error met on the way. Makes a context on the device. Of device

@@ -1,9 +1,6 @@
 // Backward. Without a gradient on the key path it is a gather, in one launch. With one, short grids take one launch, too
 // (backward_short.cu); all others the gather, the preparing of keys, tiles of scores (backward_pairs.cu), and from dk̂ to k' and the
 // weights' shares. The shares are summed in a launch of their own.
-#include <iterator>
-#include <vector>
-
 #include "backward.cuh"
 
 namespace fpet {
@@ -31,15 +28,16 @@ struct KeyGradientParams {
   bool aligned;
   size_t bytes;
 
-  KeyGradientParams(const PairParams<T>& pair_params, const BackwardOutputs& outputs);
+  void plan(const PairParams<T>& pair_params, const BackwardOutputs& outputs);
 };
 
 constexpr int kListed = kKeyThreads * 4 * 2;  // entries of Collected: one turn
 constexpr size_t kListBytes = kListed * sizeof(int2) + kKeyThreads / 32 * sizeof(int64_t);
 
 template <class T>
-KeyGradientParams<T>::KeyGradientParams(const PairParams<T>& pair_params, const BackwardOutputs& outputs)
-    : pairs(pair_params), out(outputs), weight_parts(nullptr) {
+void KeyGradientParams<T>::plan(const PairParams<T>& pair_params, const BackwardOutputs& outputs) {
+  pairs = pair_params;
+  out = outputs;
   const Problem& q = pairs.q;
   const KeyTile<T> tile(q, 2, kListBytes);
   ld_key = tile.ld_key, ld_hidden = tile.ld_hidden, rows = tile.rows, bytes = tile.bytes;
@@ -185,7 +183,7 @@ __global__ void __launch_bounds__(kKeyThreads, 2) key_gradient(const __grid_cons
 // --- the weights ---------------------------------------------------------------------------------------------------------------------------
 
 template <class T>
-struct ReduceParams {
+struct SumWeightsParams {
   const T* parts;
   BackwardOutputs out;
   T scale;
@@ -194,8 +192,10 @@ struct ReduceParams {
 };
 
 // 32 elements a block; every eighth piece to one of its warps, then the eight sums in their order.
+constexpr int kSumThreads = 256;
+
 template <class T>
-__global__ void __launch_bounds__(256) sum_weights(const __grid_constant__ ReduceParams<T> p) {
+__global__ void __launch_bounds__(kSumThreads) sum_weights(const __grid_constant__ SumWeightsParams<T> p) {
   T* sums = (T*)shared_memory();
   const int at = int(blockIdx.x) * 32 + lane_index();
   T sum = 0;
@@ -220,13 +220,14 @@ bool has_key_path(const BackwardOutputs& out) { return out.w_down || out.refined
 template <class T>
 struct Plan {
   PairParams<T> pairs;
-  T* weight_parts;
+  KeyGradientParams<T> last;
   size_t bytes;
+
   Plan(const Problem& q, const BackwardOutputs& out, char* base) {
     Arena arena{base};
     pairs.plan(arena, q, sizeof(T) == 8 ? kWideTile : kTileA, sizeof(T) == 8 ? kWideTile : kTileB);
-    const KeyGradientParams<T> last(pairs, out);
-    weight_parts = arena.take<T>(out.w_down ? q.batch * last.blocks * 2 * q.channels * q.hidden : 0);
+    last.plan(pairs, out);
+    last.weight_parts = arena.take<T>(out.w_down ? q.batch * last.blocks * 2 * q.channels * q.hidden : 0);
     bytes = arena.used;
   }
 };
@@ -234,10 +235,10 @@ struct Plan {
 CudaStatus launch_spread(const SpreadParams& p, cudaStream_t stream) {
   const dim3 grid(unsigned(p.q.batch * p.blocks));
   switch (p.q.x.dtype) {
-    case DType::f64: return FPET_LAUNCH(spread<double>, grid, kKeyThreads, size_t(0), stream, p);
-    case DType::bf16: return FPET_LAUNCH(spread<bf16>, grid, kKeyThreads, size_t(0), stream, p);
-    case DType::f16: return FPET_LAUNCH(spread<f16>, grid, kKeyThreads, size_t(0), stream, p);
-    default: return FPET_LAUNCH(spread<float>, grid, kKeyThreads, size_t(0), stream, p);
+    case DType::f64: return launch<spread<double>>(grid, kKeyThreads, 0, stream, p);
+    case DType::bf16: return launch<spread<bf16>>(grid, kKeyThreads, 0, stream, p);
+    case DType::f16: return launch<spread<f16>>(grid, kKeyThreads, 0, stream, p);
+    default: return launch<spread<float>>(grid, kKeyThreads, 0, stream, p);
   }
 }
 
@@ -249,8 +250,8 @@ size_t share_bytes(const Problem& q, const BackwardOutputs& out) {
 template <class T>
 CudaStatus sum_shares(const Problem& q, const BackwardOutputs& out, const T* parts, int64_t pieces, cudaStream_t stream) {
   if (!out.w_down) return {};
-  const ReduceParams<T> p{parts, out, T(q.scale), pieces, int(q.channels * q.hidden)};
-  return FPET_LAUNCH(sum_weights<T>, dim3(unsigned(ceil_div(2 * p.size, 32))), 256u, 256 * sizeof(T), stream, p);
+  const SumWeightsParams<T> p{parts, out, T(q.scale), pieces, int(q.channels * q.hidden)};
+  return launch<sum_weights<T>>(dim3(unsigned(ceil_div(2 * p.size, 32))), kSumThreads, kSumThreads * sizeof(T), stream, p);
 }
 
 SpreadParams spread_params(const Problem& q, const BackwardInputs& in, const BackwardOutputs& out) {
@@ -274,46 +275,43 @@ CudaStatus run(SpreadParams s, const BackwardOutputs& out, void* workspace, cuda
   s.gamma = const_cast<void*>(plan.pairs.gamma);
   CudaStatus status = launch_spread(s, stream);
   if (status.kernel) return status;
-  status = launch_prepare_keys(PrepareParams<T>(q, plan.pairs.keys), stream);
+  status = launch_prepare_keys(PrepareKeysParams<T>(q, plan.pairs.keys), stream);
   if (status.kernel) return status;
   plan.pairs.in = s.in;
   status = pair_gradient(plan.pairs, stream);
   if (status.kernel) return status;
-  KeyGradientParams<T> last(plan.pairs, out);
-  last.weight_parts = plan.weight_parts;
-  status = FPET_LAUNCH(key_gradient<T>, dim3(unsigned(q.batch * last.blocks)), kKeyThreads, last.bytes, stream, last);
+  KeyGradientParams<T>& last = plan.last;
+  last.pairs = plan.pairs;
+  status = launch<key_gradient<T>>(dim3(unsigned(q.batch * last.blocks)), kKeyThreads, last.bytes, stream, last);
   if (status.kernel) return status;
-  return sum_shares(q, out, plan.weight_parts, q.batch * last.blocks, stream);
+  return sum_shares<T>(q, out, last.weight_parts, q.batch * last.blocks, stream);
 }
 
 }  // namespace
 
 const char* tiled_refuses(const Problem& q) {
   const size_t shared = q.wide_scores ? KeyTile<double>(q, 2, kListBytes).bytes : KeyTile<float>(q, 2, kListBytes).bytes;
-  if (shared > size_t(99) << 10) return "more key channels and hidden units than shared memory holds four rows of";
+  if (shared > kSharedEverywhere) return "more key channels and hidden units than shared memory holds four rows of";
   // No kernel has more blocks than the one that prepares keys, four at least in each.
   if (q.batch * (q.tokens / 4 + 1) > 0x7fffffff) return "more than 2^31 thread blocks in a launch";
   return nullptr;
 }
 
 KernelList backward_kernels() {
-  static const KernelEntry entries[] = {
-      {"spread<float>", (const void*)spread<float>, kKeyThreads, 0},
-      {"spread<double>", (const void*)spread<double>, kKeyThreads, 0},
-      {"spread<bf16>", (const void*)spread<bf16>, kKeyThreads, 0},
-      {"spread<f16>", (const void*)spread<f16>, kKeyThreads, 0},
-      {"key_gradient<float>", (const void*)key_gradient<float>, kKeyThreads, 64 << 10},
-      {"key_gradient<double>", (const void*)key_gradient<double>, kKeyThreads, 64 << 10},
-      {"sum_weights<float>", (const void*)sum_weights<float>, 256, 256 * sizeof(float)},
-      {"sum_weights<double>", (const void*)sum_weights<double>, 256, 256 * sizeof(double)},
+  const Problem q = typical_problem(true);
+  char weights;  // asked for: what counts is that there is one
+  BackwardOutputs out;
+  out.w_down = out.w_up = &weights;
+  return {
+      entry<spread<float>>("spread<float>", kKeyThreads, 0),
+      entry<spread<double>>("spread<double>", kKeyThreads, 0),
+      entry<spread<bf16>>("spread<bf16>", kKeyThreads, 0),
+      entry<spread<f16>>("spread<f16>", kKeyThreads, 0),
+      entry<key_gradient<float>>("key_gradient<float>", kKeyThreads, Plan<float>(q, out, nullptr).last.bytes),
+      entry<key_gradient<double>>("key_gradient<double>", kKeyThreads, Plan<double>(q, out, nullptr).last.bytes),
+      entry<sum_weights<float>>("sum_weights<float>", kSumThreads, kSumThreads * sizeof(float)),
+      entry<sum_weights<double>>("sum_weights<double>", kSumThreads, kSumThreads * sizeof(double)),
   };
-  static const std::vector<KernelEntry> all = [] {
-    std::vector<KernelEntry> list(std::begin(entries), std::end(entries));
-    for (const KernelList& more : {backward_short_kernels(), pair_gradient_kernels()})
-      list.insert(list.end(), more.entries, more.entries + more.count);
-    return list;
-  }();
-  return {all.data(), int(all.size())};
 }
 
 size_t backward_long_workspace(const Problem& q, const BackwardOutputs& out) {
@@ -334,8 +332,10 @@ size_t cuda_backward_workspace(const Problem& q, const BackwardOutputs& out) {
   return cuda::backward_long_workspace(q, out);
 }
 
-CudaStatus cuda_backward(const Problem& q, const BackwardInputs& in, const BackwardOutputs& out, void* workspace,
+CudaStatus cuda_backward(const Problem& problem, const BackwardInputs& given, const BackwardOutputs& out, void* workspace,
                          cudaStream_t stream) {
+  const Problem q = cuda::with_plain_strides(problem);
+  const BackwardInputs in = cuda::with_plain_strides(q, given);
   if (!q.batch) {  // no image, no gradient
     const size_t bytes = out.w_down ? size_t(q.channels * q.hidden * cuda::size_of(out.weight_dtype)) : 0;
     for (void* p : {out.w_down, out.w_up})

@@ -80,6 +80,8 @@ inline bool rows_aligned(const View& v, int64_t dim) {
 // --- the N_A × N_B work -----------------------------------------------------------------------------------------------------------------
 
 constexpr int kWideTile = 32;  // sources and destinations of a tile in float64
+constexpr int kMostChunks = 8, kMostSegments = 4;
+constexpr int64_t kPartsRoom = int64_t(2) << 20;  // bytes of an image's parts of dk̂, where more than two by two are wanted
 
 // From the tiles of scores to dk̂, summed up in parts that a small batch can work on at the same time: sources in chunks,
 // destinations in segments. How many depends on the shape of one image alone.
@@ -105,10 +107,19 @@ struct PairParams {
     keys.plan(arena, q);
     whole_rows = sizeof(T) == 4 && q.num_b <= b;
     const int64_t blocks_a = ceil_div(q.num_a, int64_t(a)), blocks_b = ceil_div(q.num_b, int64_t(b));
-    chunk = int(ceil_div(blocks_a, max(int64_t(1), min(blocks_a, int64_t(8))))) * a;
-    segment = int(ceil_div(blocks_b, min(blocks_b, int64_t(4)))) * b;
-    chunks = int(ceil_div(q.num_a, int64_t(max(chunk, 1))));
-    segments = int(ceil_div(q.num_b, int64_t(segment)));
+    const auto cut = [&](int most_chunks, int most_segments) {
+      chunk = int(ceil_div(blocks_a, max(int64_t(1), min(blocks_a, int64_t(most_chunks))))) * a;
+      segment = int(ceil_div(blocks_b, min(blocks_b, int64_t(most_segments)))) * b;
+      chunks = int(ceil_div(q.num_a, int64_t(max(chunk, 1))));
+      segments = int(ceil_div(q.num_b, int64_t(segment)));
+      return (segments * q.num_a + chunks * q.num_b) * keys.padded * int64_t(sizeof(T));
+    };
+    // The longer an image, the fewer: at 4097 tokens two by two, which together take less than a byte for every pair of tokens.
+    int most_chunks = kMostChunks, most_segments = kMostSegments;
+    while (cut(most_chunks, most_segments) > kPartsRoom && most_chunks > 2) {
+      if (most_chunks > most_segments) --most_chunks;
+      else --most_segments;
+    }
     gamma = q.x.dtype == DType::f64 ? (const void*)arena.take<double>(q.batch * q.num_b)
                                     : (const void*)arena.take<float>(q.batch * q.num_b);
     part_a = arena.take<T>(q.batch * segments * q.num_a * keys.padded);
@@ -119,11 +130,9 @@ struct PairParams {
 
 CudaStatus pair_gradient(PairParams<float>, cudaStream_t);
 CudaStatus pair_gradient(const PairParams<double>&, cudaStream_t);
-KernelList pair_gradient_kernels();
 
 // What backward_short_takes in one launch, whatever is asked for of the key path; weight_parts is (B, 2, C h).
 CudaStatus backward_short(const SpreadParams&, const BackwardOutputs&, float* weight_parts, cudaStream_t);
-KernelList backward_short_kernels();
 
 }  // namespace cuda
 }  // namespace fpet

@@ -292,11 +292,11 @@ __global__ void __launch_bounds__(kTileThreads, 2) pair_tiles(const __grid_const
 
 // --- float64 ---------------------------------------------------------------------------------------------------------------------------
 
-constexpr int kDepth = 16, kPad = kDepth + 1;
+constexpr int kWideThreads = 256, kDepth = 16, kPad = kDepth + 1;
 constexpr size_t kWideShared = (2 * kWideTile * kPad + kWideTile * (kWideTile + 1)) * sizeof(double);
 
 // The same in float64 multiply-adds: tiles of 32 × 32, 2 × 2 a thread.
-__global__ void __launch_bounds__(256, 2) pair_wide(const __grid_constant__ PairParams<double> p) {
+__global__ void __launch_bounds__(kWideThreads, 2) pair_wide(const __grid_constant__ PairParams<double> p) {
   const Problem& q = p.q;
   const int per_image = p.chunks * p.segments, padded = p.keys.padded;
   const int64_t b = blockIdx.x / per_image;
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(256, 2) pair_wide(const __grid_constant__ Pair
       const auto product = [&](double (&sum)[2][2], int64_t depth, const auto& load_left, const auto& load_right) {
         for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
           __syncthreads();
-          for (int e = int(threadIdx.x); e < kWideTile * kDepth; e += 256) {
+          for (int e = int(threadIdx.x); e < kWideTile * kDepth; e += kWideThreads) {
             const int row = e / kDepth, k = e % kDepth;
             left[row * kPad + k] = i0 + row < i_end && k0 + k < depth ? load_left(i0 + row, k0 + k) : 0.0;
             right[row * kPad + k] = j0 + row < j_end && k0 + k < depth ? load_right(j0 + row, k0 + k) : 0.0;
@@ -363,7 +363,7 @@ __global__ void __launch_bounds__(256, 2) pair_wide(const __grid_constant__ Pair
         }
       }
       __syncthreads();
-      for (int e = int(threadIdx.x); e < kWideTile * padded; e += 256) {
+      for (int e = int(threadIdx.x); e < kWideTile * padded; e += kWideThreads) {
         const int row = e / padded, k = e - row * padded;
         double sum_a = 0, sum_b = 0;
         for (int o = 0; o < kWideTile; ++o) {
@@ -383,35 +383,39 @@ __global__ void __launch_bounds__(256, 2) pair_wide(const __grid_constant__ Pair
     }
 }
 
+// As many stages as leave room for two blocks.
+int pair_stages() {
+  int stages = 2;
+  while (stages < 4 && pair_shared(stages + 1) <= limits().shared_for_two()) ++stages;
+  return stages;
+}
+
 }  // namespace
 
 CudaStatus pair_gradient(PairParams<float> p, cudaStream_t stream) {
   const Problem& q = p.q;
   p.x_aligned = rows_aligned(q.x, q.dim), p.grad_aligned = rows_aligned(p.in.grad_tokens, q.dim);
-  // As many stages as leave room for two blocks.
-  const size_t half = min(limits().shared_per_block, limits().shared_per_multiprocessor / 2 - 1024);
-  p.stages = 2;
-  while (p.stages < 4 && pair_shared(p.stages + 1) <= half) ++p.stages;
+  p.stages = pair_stages();
   const dim3 grid(unsigned(q.batch * p.chunks * p.segments));
   switch (q.x.dtype) {
-    case DType::bf16: return FPET_LAUNCH(pair_tiles<bf16>, grid, kTileThreads, pair_shared(p.stages), stream, p);
-    case DType::f16: return FPET_LAUNCH(pair_tiles<f16>, grid, kTileThreads, pair_shared(p.stages), stream, p);
-    default: return FPET_LAUNCH(pair_tiles<float>, grid, kTileThreads, pair_shared(p.stages), stream, p);
+    case DType::bf16: return launch<pair_tiles<bf16>>(grid, kTileThreads, pair_shared(p.stages), stream, p);
+    case DType::f16: return launch<pair_tiles<f16>>(grid, kTileThreads, pair_shared(p.stages), stream, p);
+    default: return launch<pair_tiles<float>>(grid, kTileThreads, pair_shared(p.stages), stream, p);
   }
 }
 
 CudaStatus pair_gradient(const PairParams<double>& p, cudaStream_t stream) {
-  return FPET_LAUNCH(pair_wide, dim3(unsigned(p.q.batch * p.chunks * p.segments)), 256u, kWideShared, stream, p);
+  return launch<pair_wide>(dim3(unsigned(p.q.batch * p.chunks * p.segments)), kWideThreads, kWideShared, stream, p);
 }
 
 KernelList pair_gradient_kernels() {
-  static const KernelEntry entries[] = {
-      {"pair_tiles<float>", (const void*)pair_tiles<float>, kTileThreads, pair_shared(3)},
-      {"pair_tiles<bf16>", (const void*)pair_tiles<bf16>, kTileThreads, pair_shared(3)},
-      {"pair_tiles<f16>", (const void*)pair_tiles<f16>, kTileThreads, pair_shared(3)},
-      {"pair_wide", (const void*)pair_wide, 256, kWideShared},
+  const size_t shared = pair_shared(pair_stages());
+  return {
+      entry<pair_tiles<float>>("pair_tiles<float>", kTileThreads, shared),
+      entry<pair_tiles<bf16>>("pair_tiles<bf16>", kTileThreads, shared),
+      entry<pair_tiles<f16>>("pair_tiles<f16>", kTileThreads, shared),
+      entry<pair_wide>("pair_wide", kWideThreads, kWideShared),
   };
-  return {entries, int(sizeof(entries) / sizeof(*entries))};
 }
 
 }  // namespace cuda

@@ -19,8 +19,6 @@ constexpr int kPanel = kSide * kRowBytes, kStep = 2 * kPanel;  // a stage of the
 constexpr int kBand = 32;                                      // sources whose ds is in shared memory
 // Rows of k', of a band of ds: for neither of the ways in which matrix units read them all lanes meet in few banks.
 constexpr int kKeyStride = kChannels + 4, kBandStride = kSide + 8;
-// What every GPU from sm_80 on has: whether a problem is taken here depends on its shape alone, and so do the bits of its results.
-constexpr size_t kShared = 99 << 10;
 
 // By row, sources first: 128 of either.
 struct RowVectors {
@@ -40,7 +38,7 @@ constexpr int kChunk = 32;  // rows summed into weights at a time
 static_assert(kChunk * (kHidden + 4) * sizeof(float) <= sizeof(RowVectors) - sizeof(RowVectors::token),
               "gradients of hidden units");
 
-struct ShortBackward {
+struct ImageGradientParams {
   SpreadParams s;  // of what is asked for here, too; γ' stays in shared memory
   BackwardOutputs out;
   float* weight_parts;                // (B, 2, C h): dW_up, then dW_down
@@ -66,8 +64,17 @@ struct ShortBackward {
       return size_t(keys + max(band, hidden ? weights + max(units, summed) : 0));
     };
     unit_rows = 64, chunk = kChunk;
-    if (sizeof(RowVectors) + total() > kShared) unit_rows = chunk = 16;
+    if (sizeof(RowVectors) + total() > kSharedEverywhere) unit_rows = chunk = 16;
     return total();
+  }
+  // The whole of it: a ring of its own where there is room, so that the next image comes while this one's keys are worked on.
+  void plan_memory(const Problem& q, const Limits& gpu) {
+    const size_t rest = plan(q), room = gpu.shared_per_block - sizeof(RowVectors);
+    ahead = room >= rest + 2 * kStep;
+    stages = int(min(size_t(4), (room - (ahead ? rest : 0)) / kStep));
+    const size_t ring = size_t(stages * kStep);
+    tail = int(sizeof(RowVectors) + (ahead ? ring : 0));
+    bytes = sizeof(RowVectors) + (ahead ? ring + rest : max(ring, rest));
   }
 };
 
@@ -81,7 +88,7 @@ struct Source {
 template <class S>
 struct StepLoader {
   static constexpr int kDepth = kRowBytes / int(sizeof(S));
-  const ShortBackward& p;
+  const ImageGradientParams& p;
   Source& from;
 
   FPET_DEVICE void operator()(char* stage) const {
@@ -109,10 +116,10 @@ struct StepLoader {
 // --- the parts of an image's work -----------------------------------------------------------------------------------------------------
 
 FPET_DEVICE RowVectors& row_vectors() { return *(RowVectors*)shared_memory(); }
-FPET_DEVICE float* key_rows(const ShortBackward& p) { return (float*)(shared_memory() + p.tail); }
-FPET_DEVICE float* in_tail(const ShortBackward& p, int offset) { return (float*)(shared_memory() + p.tail + offset); }
+FPET_DEVICE float* key_rows(const ImageGradientParams& p) { return (float*)(shared_memory() + p.tail); }
+FPET_DEVICE float* in_tail(const ImageGradientParams& p, int offset) { return (float*)(shared_memory() + p.tail + offset); }
 // Where a row of k' is among the vectors.
-FPET_DEVICE int vector_row(const ShortBackward& p, int row) { return row < p.rows_a ? row : kSide + row - p.rows_a; }
+FPET_DEVICE int vector_row(const ImageGradientParams& p, int row) { return row < p.rows_a ? row : kSide + row - p.rows_a; }
 FPET_DEVICE float2 pair_along(const float* at) { return *(const float2*)at; }
 FPET_DEVICE float2 pair_across(const float* at, int stride) { return make_float2(at[0], at[stride]); }
 
@@ -125,7 +132,7 @@ FPET_DEVICE void each_of_tile(const float (&d)[4], int row, int column, const F&
   for (int e = 0; e < 4; ++e) f(row + e / 2 * 8, column + e % 2, d[e]);
 }
 
-FPET_DEVICE void find_rows(const ShortBackward& p) {
+FPET_DEVICE void find_rows(const ImageGradientParams& p) {
   const Problem& q = p.s.q;
   RowVectors& v = row_vectors();
   for (int i = int(threadIdx.x); i < 2 * kSide; i += kThreads) {
@@ -134,7 +141,7 @@ FPET_DEVICE void find_rows(const ShortBackward& p) {
   }
 }
 
-FPET_DEVICE void load_vectors(const ShortBackward& p, int64_t image) {
+FPET_DEVICE void load_vectors(const ImageGradientParams& p, int64_t image) {
   const Problem& q = p.s.q;
   const View& merged = p.s.in.merged_size;
   RowVectors& v = row_vectors();
@@ -165,7 +172,7 @@ FPET_DEVICE void load_vectors(const ShortBackward& p, int64_t image) {
 
 // Every column of G, and with it dx, dsize, γ' and the image's dM without γ'.
 template <class S>
-FPET_DEVICE void spread_image(const ShortBackward& p, int image, Tile& grad, StepRing& ring, Source& from) {
+FPET_DEVICE void spread_image(const ImageGradientParams& p, int image, Tile& grad, StepRing& ring, Source& from) {
   constexpr int lanes = Lanes<S>::count, kDepth = StepLoader<S>::kDepth;
   const SpreadParams& s = p.s;
   const Problem& q = s.q;
@@ -246,7 +253,7 @@ FPET_DEVICE void spread_image(const ShortBackward& p, int image, Tile& grad, Ste
 }
 
 // Means over heads of `rows` rows of k' from `first` on, to (rows, kKeyStride); zeros where there is no token, and behind the last channel.
-FPET_DEVICE void load_keys(const ShortBackward& p, int64_t image, int first, int rows, float* to) {
+FPET_DEVICE void load_keys(const ImageGradientParams& p, int64_t image, int first, int rows, float* to) {
   const Problem& q = p.s.q;
   const int lanes = p.aligned_keys ? 16 / size_of(q.key.dtype) : 1, chunks = ceil_div(p.channels, lanes);
   for (int e = int(threadIdx.x); e < rows * chunks; e += kThreads) {
@@ -260,7 +267,7 @@ FPET_DEVICE void load_keys(const ShortBackward& p, int64_t image, int first, int
   }
 }
 
-FPET_DEVICE void load_weights(const ShortBackward& p) {
+FPET_DEVICE void load_weights(const ImageGradientParams& p) {
   const Problem& q = p.s.q;
   float *down = in_tail(p, p.down), *up = in_tail(p, p.up);
   for (int e = int(threadIdx.x); e < p.hidden * p.channels; e += kThreads) {
@@ -272,7 +279,7 @@ FPET_DEVICE void load_weights(const ShortBackward& p) {
 }
 
 // What the dropout mask makes of hidden unit h of a row of k'.
-FPET_DEVICE float masked(const ShortBackward& p, int64_t image, int row, int h, float value) {
+FPET_DEVICE float masked(const ImageGradientParams& p, int64_t image, int row, int h, float value) {
   const View& mask = p.s.q.dropout_mask;
   const int token = row_vectors().token[vector_row(p, row)];
   if (!mask.data || token < 0 || h >= p.s.q.hidden) return value;
@@ -280,7 +287,7 @@ FPET_DEVICE float masked(const ShortBackward& p, int64_t image, int row, int h, 
 }
 
 // A tile of ReLU(key W_downᵀ) ⊙ mask, to `units`: rows of keys from `row` on, which are rows `first` .. of k'.
-FPET_DEVICE void form_units(const ShortBackward& p, int64_t image, const float* keys, int first, int tile, float* units) {
+FPET_DEVICE void form_units(const ImageGradientParams& p, int64_t image, const float* keys, int first, int tile, float* units) {
   const int row = tile / (p.hidden / 8) * 16, column = tile % (p.hidden / 8) * 8;
   const float* down = in_tail(p, p.down);
   float d[1][1][4] = {};
@@ -293,7 +300,7 @@ FPET_DEVICE void form_units(const ShortBackward& p, int64_t image, const float* 
 }
 
 // k' of all rows, their norms and inverses.
-FPET_DEVICE void prepare_image(const ShortBackward& p, int64_t image) {
+FPET_DEVICE void prepare_image(const ImageGradientParams& p, int64_t image) {
   const Problem& q = p.s.q;
   RowVectors& v = row_vectors();
   float* keys = key_rows(p);
@@ -341,7 +348,7 @@ FPET_DEVICE void prepare_image(const ShortBackward& p, int64_t image) {
 }
 
 // From dM to ds' = ds / (‖k'_i‖ ‖k'_j‖), scores formed on the way.
-FPET_DEVICE void differentiate_scores(const ShortBackward& p, Tile& grad) {
+FPET_DEVICE void differentiate_scores(const ImageGradientParams& p, Tile& grad) {
   RowVectors& v = row_vectors();
   const float *keys_a = key_rows(p) + warp_row() * kKeyStride, *keys_b = key_rows(p) + (p.rows_a + warp_column()) * kKeyStride;
   const int num_a = int(p.s.q.num_a), num_b = int(p.s.q.num_b);
@@ -401,14 +408,14 @@ FPET_DEVICE void differentiate_scores(const ShortBackward& p, Tile& grad) {
 }
 
 // dk' of one element, from dk̂ / ‖k'‖ and the row's k' · dk̂ / ‖k'‖; a norm at its floor is a constant, and nothing flows through it.
-FPET_DEVICE float through_norm(const ShortBackward& p, int at, float grad, float key, float along) {
+FPET_DEVICE float through_norm(const ImageGradientParams& p, int at, float grad, float key, float along) {
   const RowVectors& v = row_vectors();
   if (!p.s.q.cosine || v.inverse[at] == inverse_norm(0.f)) return grad;
   return grad - key * (along * v.inverse[at] * v.inverse[at]);
 }
 
 // dk' takes the place of k', by bands of sources, then of the destinations.
-FPET_DEVICE void differentiate_keys(const ShortBackward& p, const Tile& ds) {
+FPET_DEVICE void differentiate_keys(const ImageGradientParams& p, const Tile& ds) {
   RowVectors& v = row_vectors();
   const int num_a = int(p.s.q.num_a), num_b = int(p.s.q.num_b), w = opaque(warp_index());
   float *keys_a = key_rows(p), *keys_b = keys_a + p.rows_a * kKeyStride, *band = in_tail(p, p.down);
@@ -487,7 +494,7 @@ FPET_DEVICE void differentiate_keys(const ShortBackward& p, const Tile& ds) {
 }
 
 // dk', and the gradient of keys that nothing refined.
-FPET_DEVICE void write_key_gradients(const ShortBackward& p, int64_t image) {
+FPET_DEVICE void write_key_gradients(const ImageGradientParams& p, int64_t image) {
   const Problem& q = p.s.q;
   const BackwardOutputs& out = p.out;
   const bool key = out.key && !p.hidden;
@@ -510,7 +517,7 @@ FPET_DEVICE void write_key_gradients(const ShortBackward& p, int64_t image) {
 }
 
 // From dk' to the image's share of dW_up and dW_down, and to the gradient of refined keys.
-FPET_DEVICE void differentiate_weights(const ShortBackward& p, int64_t image) {
+FPET_DEVICE void differentiate_weights(const ImageGradientParams& p, int64_t image) {
   const Problem& q = p.s.q;
   const BackwardOutputs& out = p.out;
   const int rows = p.rows_a + p.rows_b, w = opaque(warp_index()), stride = p.unit_stride;
@@ -581,7 +588,7 @@ FPET_DEVICE void differentiate_weights(const ShortBackward& p, int64_t image) {
     });
 }
 
-__global__ void __launch_bounds__(kThreads, 1) image_gradient(const __grid_constant__ ShortBackward p) {
+__global__ void __launch_bounds__(kThreads, 1) image_gradient(const __grid_constant__ ImageGradientParams p) {
   const Problem& q = p.s.q;
   StepRing ring{shared_memory() + sizeof(RowVectors), p.stages};
   Source from{int(blockIdx.x), 0};
@@ -617,33 +624,27 @@ __global__ void __launch_bounds__(kThreads, 1) image_gradient(const __grid_const
 bool backward_short_takes(const Problem& q) {
   if (q.wide_scores || q.x.dtype == DType::f64 || q.channels > kChannels || q.hidden > kHidden) return false;
   if (q.num_a > kSide || q.num_b > kSide || q.tokens > INT32_MAX) return false;
-  return sizeof(RowVectors) + max(ShortBackward().plan(q), size_t(2 * kStep)) <= kShared;
+  return sizeof(RowVectors) + max(ImageGradientParams().plan(q), size_t(2 * kStep)) <= kSharedEverywhere;
 }
 
 CudaStatus backward_short(const SpreadParams& s, const BackwardOutputs& out, float* weight_parts, cudaStream_t stream) {
   const Problem& q = s.q;
-  const Limits& gpu = limits();
-  ShortBackward p{};
-  const size_t tail = p.plan(q);
+  ImageGradientParams p{};
+  p.plan_memory(q, limits());
   p.s = s;
   p.out = out;
   p.weight_parts = weight_parts;
   p.aligned_keys = keys_aligned(q);
   p.short_keys = q.heads == 1 && !q.hidden && !q.key_delta.data && (q.key.dtype == DType::bf16 || q.key.dtype == DType::f16);
   p.aligned_x = rows_aligned(q.x, q.dim), p.aligned_grad = rows_aligned(s.in.grad_tokens, q.dim);
-  const size_t room = gpu.shared_per_block - sizeof(RowVectors);
-  p.ahead = room >= tail + 2 * kStep;
-  p.stages = int(min(size_t(4), (room - (p.ahead ? tail : 0)) / kStep));
-  const size_t ring = size_t(p.stages * kStep);
-  p.tail = int(sizeof(RowVectors) + (p.ahead ? ring : 0));
-  p.bytes = sizeof(RowVectors) + (p.ahead ? ring + tail : max(ring, tail));
-  const dim3 grid(unsigned(min(q.batch, int64_t(gpu.multiprocessors))));
-  return FPET_LAUNCH(image_gradient, grid, kThreads, p.bytes, stream, p);
+  const dim3 grid(unsigned(min(q.batch, int64_t(limits().multiprocessors))));
+  return launch<image_gradient>(grid, kThreads, p.bytes, stream, p);
 }
 
 KernelList backward_short_kernels() {
-  static const KernelEntry entries[] = {{"image_gradient", (const void*)image_gradient, kThreads, kShared}};
-  return {entries, 1};
+  ImageGradientParams p{};
+  p.plan_memory(typical_problem(true), limits());
+  return {entry<image_gradient>("image_gradient", kThreads, p.bytes)};
 }
 
 }  // namespace cuda

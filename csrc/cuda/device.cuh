@@ -1,9 +1,9 @@
 // What every kernel file shares: types, loads and stores, warp helpers. The same source is compiled twice: by nvcc, and by the
-// host compiler with FPET_EMULATE_CUDA against csrc/tests/emulator, where every thread is a fiber.
+// host compiler against csrc/tests/emulator, where every thread is a fiber.
 //
 // Conventions
 // - Kernels take one struct by value (`const __grid_constant__ Params p`), which holds the Problem and what the launcher worked
-//   out, and are launched with FPET_LAUNCH (launch.cuh), which names the kernel in the status it returns.
+//   out, and are launched by launch<kernel> (launch.cuh), which names the kernel in the status it returns.
 // - All shared memory is dynamic: shared_memory() is its start, aligned to 128 bytes. No __shared__ variables.
 // - A full warp reaches every warp-wide operation (kFullWarp); no __activemask, no spinning on memory.
 // - Storage types are bf16 and f16 below, plain 16 bits: no cuda_bf16.h or cuda_fp16.h, which take longer to compile than the
@@ -21,9 +21,9 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "fpet/bdm.h"
+#include <instructions.cuh>
 
-#define FPET_DEVICE __device__ __forceinline__
+#include "fpet/bdm.h"
 
 namespace fpet {
 namespace cuda {
@@ -68,57 +68,17 @@ FPET_DEVICE float to_compute(float v) { return v; }
 FPET_DEVICE double to_compute(double v) { return v; }
 FPET_DEVICE float to_compute(bf16 v) { return __uint_as_float(uint32_t(v.bits) << 16); }
 
-#ifdef FPET_EMULATE_CUDA
-inline float to_compute(f16 v) {
-  const int exponent = (v.bits >> 10) & 31, fraction = v.bits & 1023;
-  const float sign = v.bits & 0x8000 ? -1.f : 1.f;
-  if (exponent == 31) return fraction ? NAN : sign * INFINITY;
-  return sign * (exponent ? std::ldexp(float(1024 + fraction), exponent - 25) : std::ldexp(float(fraction), -24));
-}
+FPET_DEVICE float to_compute(f16 v) { return f16_to_float(v.bits); }
+
 // Two values rounded to 16 bits each; the first one in the lower half.
 template <class S>
-uint32_t pack(float low, float high);
-template <>
-inline uint32_t pack<bf16>(float low, float high) {
-  const auto one = [](float v) -> uint32_t {
-    const uint32_t b = __float_as_uint(v);
-    return std::isnan(v) ? 0x7fffu : (b + 0x7fffu + ((b >> 16) & 1)) >> 16;
-  };
-  return one(low) | one(high) << 16;
-}
-template <>
-inline uint32_t pack<f16>(float low, float high) {
-  const auto one = [](float v) -> uint32_t {
-    const uint32_t sign = std::signbit(v) ? 0x8000u : 0;
-    if (std::isnan(v)) return 0x7fffu;
-    const float a = std::fabs(v);
-    if (a >= 65520.f) return sign | 0x7c00u;
-    if (a == 0) return sign;
-    int e = 0;
-    std::frexp(a, &e);  // a in [2^(e-1), 2^e)
-    const int quantum = e - 11 < -24 ? -24 : e - 11;
-    const uint32_t units = uint32_t(std::nearbyint(std::ldexp(a, -quantum)));  // carries into the exponent by itself
-    return sign | (quantum == -24 ? units : (uint32_t(quantum + 24) << 10) + units);
-  };
-  return one(low) | one(high) << 16;
-}
-#else
-FPET_DEVICE float to_compute(f16 v) {
-  float r;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v.bits));
-  return r;
-}
-template <class S>
 FPET_DEVICE uint32_t pack(float low, float high) {
-  uint32_t r;
   if constexpr (std::is_same<S, bf16>::value) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return pack_bf16(low, high);
   } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return pack_f16(low, high);
   }
-  return r;
 }
-#endif
 
 template <class S>
 FPET_DEVICE float low_half(uint32_t packed) {
@@ -277,36 +237,8 @@ inline bool aligned16(const void* p, DType type, std::initializer_list<int64_t> 
 
 // --- shared memory, warps ------------------------------------------------------------------------------------------------------------
 
-FPET_DEVICE char* shared_memory() {
-#ifdef FPET_EMULATE_CUDA
-  return emulator::shared();
-#else
-  extern __shared__ __align__(128) char memory[];
-  return memory;
-#endif
-}
-
 FPET_DEVICE int lane_index() { return int(threadIdx.x) & 31; }
-// The same, worked out where it stands: what depends on it isn't carried through loops in registers.
-FPET_DEVICE int lane_index_anew() {
-#ifdef FPET_EMULATE_CUDA
-  return lane_index();
-#else
-  int lane;
-  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-  return lane;
-#endif
-}
 FPET_DEVICE int warp_index() { return int(threadIdx.x) >> 5; }
-
-// A barrier of some warps of a block: `threads` of them, a multiple of 32. Number 0 is __syncthreads.
-FPET_DEVICE void named_barrier(int id, int threads) {
-#ifdef FPET_EMULATE_CUDA
-  emulator::barrier(id, threads, false);
-#else
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#endif
-}
 
 // Sums over groups of `width` neighbouring lanes (a power of two), always in the same order.
 template <int width = 32, class T>

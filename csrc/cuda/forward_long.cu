@@ -13,7 +13,7 @@ namespace {
 
 // k' = mean key + scale · units W_upᵀ + delta, and its norm, of one block of rows.
 template <class T>
-__global__ void __launch_bounds__(kKeyThreads, 2) prepare_keys(const __grid_constant__ PrepareParams<T> p) {
+__global__ void __launch_bounds__(kKeyThreads, 2) prepare_keys(const __grid_constant__ PrepareKeysParams<T> p) {
   const Problem& q = p.q;
   const int64_t b = blockIdx.x / p.blocks, all = q.num_a + q.num_b, first = (blockIdx.x - b * p.blocks) * p.rows;
   const int rows = int(min(int64_t(p.rows), all - first)), channels = int(q.channels);
@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kKeyThreads, 2) prepare_keys(const __grid_cons
 }
 
 template <class T>
-CudaStatus launch_prepare(const PrepareParams<T>& p, cudaStream_t stream) {
-  return FPET_LAUNCH(prepare_keys<T>, dim3(unsigned(p.q.batch * p.blocks)), kKeyThreads, p.bytes, stream, p);
+CudaStatus launch_prepare(const PrepareKeysParams<T>& p, cudaStream_t stream) {
+  return launch<prepare_keys<T>>(dim3(unsigned(p.q.batch * p.blocks)), kKeyThreads, p.bytes, stream, p);
 }
 
 // --- matching ------------------------------------------------------------------------------------------------------------------------
@@ -186,15 +186,17 @@ __global__ void __launch_bounds__(kTileThreads, 2) match_tiles(const __grid_cons
   give_candidate(p, b, segment, i0 + row, top);
 }
 
+constexpr int kMatchStages = 3;
 constexpr size_t match_shared(int stages) {
   return size_t(stages) * kStageBytes + kTileB * sizeof(float) + 4 * kTileA * sizeof(Candidate<float>) +
          4 * kTileThreads * sizeof(TopTwo<float>);
 }
 
 // The same in float64: 32 sources, 32 destinations at a time, 2 × 2 of them a thread.
-constexpr int kWide = 32, kWideDepth = 16;
+constexpr int kWide = 32, kWideDepth = 16, kMatchWideThreads = 256;
+constexpr size_t kMatchWideShared = 2 * kWide * (kWideDepth + 1) * sizeof(double);
 
-__global__ void __launch_bounds__(256, 2) match_wide(const __grid_constant__ MatchParams<double> p) {
+__global__ void __launch_bounds__(kMatchWideThreads, 2) match_wide(const __grid_constant__ MatchParams<double> p) {
   const Problem& q = p.q;
   const int64_t b = blockIdx.x / (p.blocks * p.segments);
   const int rest = int(blockIdx.x - b * (p.blocks * p.segments)), segment = rest % p.segments;
@@ -208,7 +210,7 @@ __global__ void __launch_bounds__(256, 2) match_wide(const __grid_constant__ Mat
     double sum[2][2] = {};
     for (int k0 = 0; k0 < p.keys.padded; k0 += kWideDepth) {
       __syncthreads();
-      for (int e = int(threadIdx.x); e < kWide * kWideDepth; e += 256) {
+      for (int e = int(threadIdx.x); e < kWide * kWideDepth; e += kMatchWideThreads) {
         const int row = e / kWideDepth, k = e % kWideDepth, at = row * (kWideDepth + 1) + k;
         left[at] = i0 + row < q.num_a ? p.keys.at(image_row + i0 + row, k0 + k) : 0.0;
         right[at] = j0 + row < j_end ? p.keys.at(image_row + q.num_a + j0 + row, k0 + k) : 0.0;
@@ -232,9 +234,11 @@ __global__ void __launch_bounds__(256, 2) match_wide(const __grid_constant__ Mat
   }
 }
 
+constexpr int kJoinThreads = 256;
+
 template <class T>
-__global__ void __launch_bounds__(256) join_candidates(const __grid_constant__ MatchParams<T> p) {
-  const int64_t at = int64_t(blockIdx.x) * 256 + threadIdx.x;
+__global__ void __launch_bounds__(kJoinThreads) join_candidates(const __grid_constant__ MatchParams<T> p) {
+  const int64_t at = int64_t(blockIdx.x) * kJoinThreads + threadIdx.x;
   if (at >= p.q.batch * p.q.num_a) return;
   const int64_t b = at / p.q.num_a, i = at - b * p.q.num_a;
   TopTwo<T> best;
@@ -247,11 +251,13 @@ __global__ void __launch_bounds__(256) join_candidates(const __grid_constant__ M
 
 // --- merging -----------------------------------------------------------------------------------------------------------------------------
 
-constexpr int kMergeThreads = 256, kMergeRows = 32, kMergeCapacity = kMergeThreads * 4;
+// The sources of a block's rows are listed in one pass over the match as long as there is room for those of another turn.
+constexpr int kMergeThreads = 256, kMergeRows = 32, kMergeCapacity = 2 * Collected<kMergeThreads, 1>::kTurn;
 
 // y_e = Σ size_t x_t / Σ size_t over the token kept as e and then its sources in their order; without `mean`, plain sums.
 template <class S>
-__global__ void __launch_bounds__(kMergeThreads, sizeof(S) == 2 ? 3 : 2) merge_lists(const __grid_constant__ MergeParams p) {
+__global__ void __launch_bounds__(kMergeThreads, sizeof(S) == 2 ? 3 : 2)
+    merge_lists(const __grid_constant__ MergeListsParams p) {
   using M = Compute<S>;
   constexpr int lanes = Lanes<S>::count, span = 32 * lanes;
   constexpr int groups = sizeof(S) == 2 ? 3 : 6;  // so many times 16 bytes of a row at once: 768 columns
@@ -367,36 +373,37 @@ CudaStatus match_all(const Problem& q, const ForwardOutputs& out, void* workspac
   p.match = out.match;
   p.second = out.second;
   p.mid = (T*)out.mid;
-  const PrepareParams<T> prepare(q, p.keys);
+  const PrepareKeysParams<T> prepare(q, p.keys);
   CudaStatus status = launch_prepare_keys(prepare, stream);
   if (status.kernel) return status;
   const dim3 grid(unsigned(q.batch * p.blocks * p.segments));
   if constexpr (sizeof(T) == 8) {
-    status = FPET_LAUNCH(match_wide, grid, 256u, 2 * kWide * (kWideDepth + 1) * sizeof(double), stream, p);
+    status = launch<match_wide>(grid, kMatchWideThreads, kMatchWideShared, stream, p);
   } else {
-    p.stages = 3;
-    status = FPET_LAUNCH(match_tiles, grid, kTileThreads, match_shared(p.stages), stream, p);
+    p.stages = kMatchStages;
+    status = launch<match_tiles>(grid, kTileThreads, match_shared(p.stages), stream, p);
   }
   if (status.kernel || p.segments == 1) return status;
-  return FPET_LAUNCH(join_candidates<T>, dim3(unsigned(ceil_div(q.batch * q.num_a, int64_t(256)))), 256u, size_t(0), stream, p);
+  return launch<join_candidates<T>>(dim3(unsigned(ceil_div(q.batch * q.num_a, int64_t(kJoinThreads)))), kJoinThreads, 0, stream,
+                                    p);
 }
 
 }  // namespace
 
-CudaStatus launch_prepare_keys(const PrepareParams<float>& p, cudaStream_t stream) { return launch_prepare(p, stream); }
-CudaStatus launch_prepare_keys(const PrepareParams<double>& p, cudaStream_t stream) { return launch_prepare(p, stream); }
+CudaStatus launch_prepare_keys(const PrepareKeysParams<float>& p, cudaStream_t stream) { return launch_prepare(p, stream); }
+CudaStatus launch_prepare_keys(const PrepareKeysParams<double>& p, cudaStream_t stream) { return launch_prepare(p, stream); }
 
-CudaStatus launch_merge_lists(MergeParams p, cudaStream_t stream) {
+CudaStatus launch_merge_lists(MergeListsParams p, cudaStream_t stream) {
   const Problem& q = p.q;
   p.blocks = int(ceil_div(q.prefix + q.num_b, int64_t(kMergeRows)));
   p.aligned = q.x.stride[2] == 1 && q.dim * size_of(q.x.dtype) % 16 == 0 &&
               aligned16(q.x.data, q.x.dtype, {q.x.stride[0], q.x.stride[1]}) && aligned16(p.tokens, q.x.dtype, {q.dim});
   const dim3 grid(unsigned(q.batch * p.blocks));
   switch (q.x.dtype) {
-    case DType::f64: return FPET_LAUNCH(merge_lists<double>, grid, kMergeThreads, kMergeShared, stream, p);
-    case DType::bf16: return FPET_LAUNCH(merge_lists<bf16>, grid, kMergeThreads, kMergeShared, stream, p);
-    case DType::f16: return FPET_LAUNCH(merge_lists<f16>, grid, kMergeThreads, kMergeShared, stream, p);
-    default: return FPET_LAUNCH(merge_lists<float>, grid, kMergeThreads, kMergeShared, stream, p);
+    case DType::f64: return launch<merge_lists<double>>(grid, kMergeThreads, kMergeShared, stream, p);
+    case DType::bf16: return launch<merge_lists<bf16>>(grid, kMergeThreads, kMergeShared, stream, p);
+    case DType::f16: return launch<merge_lists<f16>>(grid, kMergeThreads, kMergeShared, stream, p);
+    default: return launch<merge_lists<float>>(grid, kMergeThreads, kMergeShared, stream, p);
   }
 }
 
@@ -412,7 +419,7 @@ CudaStatus forward_long(const Problem& q, const ForwardOutputs& out, void* works
         q.wide_scores ? match_all<double>(q, out, workspace, stream) : match_all<float>(q, out, workspace, stream);
     if (status.kernel) return status;
   }
-  MergeParams merge{};
+  MergeListsParams merge{};
   merge.q = q;
   merge.match = out.match;
   merge.tokens = out.tokens;
@@ -422,19 +429,19 @@ CudaStatus forward_long(const Problem& q, const ForwardOutputs& out, void* works
 }
 
 KernelList forward_long_kernels() {
-  static const KernelEntry entries[] = {
-      {"prepare_keys<float>", (const void*)prepare_keys<float>, kKeyThreads, 26 << 10},
-      {"prepare_keys<double>", (const void*)prepare_keys<double>, kKeyThreads, 52 << 10},
-      {"match_tiles", (const void*)match_tiles, kTileThreads, match_shared(3)},
-      {"match_wide", (const void*)match_wide, 256, 2 * kWide * (kWideDepth + 1) * sizeof(double)},
-      {"join_candidates<float>", (const void*)join_candidates<float>, 256, 0},
-      {"join_candidates<double>", (const void*)join_candidates<double>, 256, 0},
-      {"merge_lists<float>", (const void*)merge_lists<float>, kMergeThreads, kMergeShared},
-      {"merge_lists<double>", (const void*)merge_lists<double>, kMergeThreads, kMergeShared},
-      {"merge_lists<bf16>", (const void*)merge_lists<bf16>, kMergeThreads, kMergeShared},
-      {"merge_lists<f16>", (const void*)merge_lists<f16>, kMergeThreads, kMergeShared},
+  const Problem q = typical_problem(true);
+  return {
+      entry<prepare_keys<float>>("prepare_keys<float>", kKeyThreads, PrepareKeysParams<float>(q, {}).bytes),
+      entry<prepare_keys<double>>("prepare_keys<double>", kKeyThreads, PrepareKeysParams<double>(q, {}).bytes),
+      entry<match_tiles>("match_tiles", kTileThreads, match_shared(kMatchStages)),
+      entry<match_wide>("match_wide", kMatchWideThreads, kMatchWideShared),
+      entry<join_candidates<float>>("join_candidates<float>", kJoinThreads, 0),
+      entry<join_candidates<double>>("join_candidates<double>", kJoinThreads, 0),
+      entry<merge_lists<float>>("merge_lists<float>", kMergeThreads, kMergeShared),
+      entry<merge_lists<double>>("merge_lists<double>", kMergeThreads, kMergeShared),
+      entry<merge_lists<bf16>>("merge_lists<bf16>", kMergeThreads, kMergeShared),
+      entry<merge_lists<f16>>("merge_lists<f16>", kMergeThreads, kMergeShared),
   };
-  return {entries, int(sizeof(entries) / sizeof(*entries))};
 }
 
 }  // namespace cuda

@@ -44,8 +44,8 @@ struct Layout {
   }
 };
 
-struct ShortForward {
-  Problem p;
+struct MergeShortParams {
+  Problem q;
   ForwardOutputs out;
   Layout layout;
   KeyReads reads;
@@ -84,16 +84,16 @@ FPET_DEVICE void rank(TopTwo<float> (&best)[2], const Tiles<Q>& high, const Tile
 
 // Keys of two tokens, ready for products, and by what to multiply these.
 template <class S, bool split, int Q>
-FPET_DEVICE void prepare(Tiles<Q>& high, Tiles<Q>& low, float (&unscale)[2], const ShortForward& k, const Weights& weights,
+FPET_DEVICE void prepare(Tiles<Q>& high, Tiles<Q>& low, float (&unscale)[2], const MergeShortParams& p, const Weights& weights,
                          int64_t image, const int (&token)[2]) {
   if constexpr (split) {
     Strip<Q> keys;
-    refined_keys(keys, weights, k.p, k.reads, image, token);
-    split_keys(high, low, unscale, keys, k.p.cosine);
+    refined_keys(keys, weights, p.q, p.reads, image, token);
+    split_keys(high, low, unscale, keys, p.q.cosine);
   } else {
-    load_raw_keys(high, k.p, image, token, k.reads.key);
+    load_raw_keys(high, p.q, image, token, p.reads.key);
     unscale[0] = unscale[1] = 1.f;
-    if (!k.p.cosine) return;
+    if (!p.q.cosine) return;
     sum_squares<S>(unscale, high);
 #pragma unroll
     for (int i = 0; i < 2; ++i) unscale[i] = inverse_norm(sqrtf(unscale[i]));
@@ -101,9 +101,9 @@ FPET_DEVICE void prepare(Tiles<Q>& high, Tiles<Q>& low, float (&unscale)[2], con
 }
 
 // Keeps what rows g and g + 8 of a strip have found; `writes` its results to memory, too.
-FPET_DEVICE void keep_match(const ShortForward& k, TopTwo<float> (&best)[2], int64_t image, int row, bool writes) {
-  const int num_a = int(k.p.num_a);
-  uint32_t* members = (uint32_t*)(shared_memory() + k.layout.members);
+FPET_DEVICE void keep_match(const MergeShortParams& p, TopTwo<float> (&best)[2], int64_t image, int row, bool writes) {
+  const int num_a = int(p.q.num_a);
+  uint32_t* members = (uint32_t*)(shared_memory() + p.layout.members);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     best[i].merge_lane(1);
@@ -111,29 +111,29 @@ FPET_DEVICE void keep_match(const ShortForward& k, TopTwo<float> (&best)[2], int
     const int source = row + (lane_index() >> 2) + 8 * i;
     if ((lane_index() & 3) != 0 || source >= num_a) continue;
     float mid;
-    best[i].settle(int(k.p.num_b), &mid);
-    atomicOr(members + best[i].first_at * k.layout.words + source / 32, 1u << (source & 31));
+    best[i].settle(int(p.q.num_b), &mid);
+    atomicOr(members + best[i].first_at * p.layout.words + source / 32, 1u << (source & 31));
     if (!writes) continue;
     const int64_t to = image * num_a + source;
-    k.out.match[to] = k.p.prefix + best[i].first_at;
-    k.out.second[to] = k.p.prefix + best[i].second_at;
-    ((float*)k.out.mid)[to] = mid;
+    p.out.match[to] = p.q.prefix + best[i].first_at;
+    p.out.second[to] = p.q.prefix + best[i].second_at;
+    ((float*)p.out.mid)[to] = mid;
   }
 }
 
 template <class S, bool split, int Q>
-FPET_DEVICE void match_image(const ShortForward& k, int64_t image, bool writes) {
+FPET_DEVICE void match_image(const MergeShortParams& p, int64_t image, bool writes) {
   char* memory = shared_memory();
-  const Layout& at = k.layout;
-  const int stride = plane_stride(k.groups);
-  const Weights weights(memory + at.weights, k.hidden_groups, k.groups);
-  if (split && k.p.hidden) fill_weights<Q>(weights, k.p, k.reads.down, k.reads.up);
+  const Layout& at = p.layout;
+  const int stride = plane_stride(p.groups);
+  const Weights weights(memory + at.weights, p.hidden_groups, p.groups);
+  if (split && p.q.hidden) fill_weights<Q>(weights, p.q, p.reads.down, p.reads.up);
   __syncthreads();  // positions and weights
 
   // Destinations, then sources: one copy of the code that prepares keys.
 #pragma unroll 1
   for (int matching = 0; matching < 2; ++matching) {
-    const int rows = int(matching ? k.p.num_a : k.p.num_b);
+    const int rows = int(matching ? p.q.num_a : p.q.num_b);
     const int* tokens = (const int*)(memory + (matching ? at.token_a : at.token_b));
 #pragma unroll 1
     for (int row = 16 * warp_index(); row < rows; row += 16 * kWarps) {
@@ -143,16 +143,16 @@ FPET_DEVICE void match_image(const ShortForward& k, int64_t image, bool writes) 
       float unscale[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) token[i] = row + g + 8 * i < rows ? tokens[row + g + 8 * i] : -1;
-      prepare<S, split>(high, low, unscale, k, weights, image, token);
+      prepare<S, split>(high, low, unscale, p, weights, image, token);
       uint16_t* keys_b = (uint16_t*)(memory + at.keys);
       float* unscale_b = (float*)(memory + at.unscale_b);
       if (matching) {
         TopTwo<float> best[2];
-        rank<S, split>(best, high, low, unscale, keys_b, unscale_b, at.plane_rows, k.groups);
-        keep_match(k, best, image, row, writes);
+        rank<S, split>(best, high, low, unscale, keys_b, unscale_b, at.plane_rows, p.groups);
+        keep_match(p, best, image, row, writes);
       } else {
-        store_tiles(keys_b, stride, row, high, k.groups);
-        if (split) store_tiles(keys_b + at.plane_rows * stride, stride, row, low, k.groups);
+        store_tiles(keys_b, stride, row, high, p.groups);
+        if (split) store_tiles(keys_b + at.plane_rows * stride, stride, row, low, p.groups);
 #pragma unroll
         for (int i = 0; i < 2; ++i)
           if (t == 0) unscale_b[row + g + 8 * i] = token[i] < 0 ? NAN : unscale[i];
@@ -246,18 +246,18 @@ struct Sums {
 
 // This block's columns of all merged tokens: a warp takes the next row as soon as it is done with one.
 template <class S, bool vectors>
-FPET_DEVICE void merge_rows(const ShortForward& k, int64_t image, int part) {
+FPET_DEVICE void merge_rows(const MergeShortParams& p, int64_t image, int part) {
   char* memory = shared_memory();
-  const Layout& at = k.layout;
+  const Layout& at = p.layout;
   const int *token_a = (const int*)(memory + at.token_a), *token_b = (const int*)(memory + at.token_b);
   const float *size_a = (const float*)(memory + at.size_a), *size_b = (const float*)(memory + at.size_b);
   const uint32_t* members = (const uint32_t*)(memory + at.members);
   int* next_row = (int*)(memory + at.next_row);
-  const int lane = lane_index(), prefix = int(k.p.prefix), merged = prefix + int(k.p.num_b);
-  const int begin = part * k.part_units, end = min(k.units, begin + k.part_units);
-  const int64_t row_stride = k.p.x.stride[1], stride = k.p.x.stride[2];
-  const S* x = (const S*)k.p.x.data + image * k.p.x.stride[0];
-  S* y = (S*)k.out.tokens + image * merged * k.p.dim;
+  const int lane = lane_index(), prefix = int(p.q.prefix), merged = prefix + int(p.q.num_b);
+  const int begin = part * p.part_units, end = min(p.units, begin + p.part_units);
+  const int64_t row_stride = p.q.x.stride[1], stride = p.q.x.stride[2];
+  const S* x = (const S*)p.q.x.data + image * p.q.x.stride[0];
+  S* y = (S*)p.out.tokens + image * merged * p.q.dim;
 
   int ticket = lane == 0 ? atomicAdd(next_row, 1) : 0;
   for (int row; (row = __shfl_sync(kFullWarp, ticket, 0)) < merged;) {
@@ -266,8 +266,8 @@ FPET_DEVICE void merge_rows(const ShortForward& k, int64_t image, int part) {
     const int j = row < merged - prefix ? row : -1, m = j < 0 ? row - (merged - prefix) : prefix + j;
     const int64_t own = j < 0 ? m : token_b[j];
     const float weight = j >= 0 ? size_b[j]
-                         : k.p.size.data != nullptr
-                             ? load_any<float>(k.p.size, image * k.p.size.stride[0] + m * k.p.size.stride[1])
+                         : p.q.size.data != nullptr
+                             ? load_any<float>(p.q.size, image * p.q.size.stride[0] + m * p.q.size.stride[1])
                              : 1.f;
     float n = weight;
     for (int unit = begin + lane; unit - lane < end; unit += 32 * kVectors) {
@@ -287,118 +287,123 @@ FPET_DEVICE void merge_rows(const ShortForward& k, int64_t image, int part) {
         if (source >= 0) later.load(x + int64_t(token_a[source]) * row_stride, stride, unit, end);
         sums.each(now, unit, end, [&](float& sum, float v) { sum += w * v; });
       }
-      sums.store(y + m * k.p.dim, unit, end, n);
+      sums.store(y + m * p.q.dim, unit, end, n);
     }
-    if (part == 0 && lane == 0) ((float*)k.out.merged_size)[image * merged + m] = n;
+    if (part == 0 && lane == 0) ((float*)p.out.merged_size)[image * merged + m] = n;
   }
 }
 
 // S is the type of keys whose products are exact as they are; split, float32 keys and those that something is added to.
 template <class S, bool split, int Q>
-__global__ void __launch_bounds__(kThreads, split&& Q > 2 ? 1 : 2) merge_short(const __grid_constant__ ShortForward k) {
+__global__ void __launch_bounds__(kThreads, split&& Q > 2 ? 1 : 2) merge_short(const __grid_constant__ MergeShortParams p) {
   char* memory = shared_memory();
-  const Problem& p = k.p;
-  const Layout& at = k.layout;
-  const int64_t image = blockIdx.x / unsigned(k.parts);
-  const int part = int(blockIdx.x % unsigned(k.parts)), thread = int(threadIdx.x);
-  const int num_a = int(p.num_a), num_b = int(p.num_b);
+  const Problem& q = p.q;
+  const Layout& at = p.layout;
+  const int64_t image = blockIdx.x / unsigned(p.parts);
+  const int part = int(blockIdx.x % unsigned(p.parts)), thread = int(threadIdx.x);
+  const int num_a = int(q.num_a), num_b = int(q.num_b);
 
-  if (k.reads.key) {
-    const int64_t bytes = size_of(p.key.dtype);
-    const char* key = (const char*)p.key.data + image * p.key.stride[0] * bytes;
-    for (int head = 0; head < int(p.heads); ++head)
-      prefetch_block(key + head * p.key.stride[1] * bytes, int(p.tokens), p.key.stride[2] * bytes, int(p.channels * bytes));
+  if (p.reads.key) {
+    const int64_t bytes = size_of(q.key.dtype);
+    const char* key = (const char*)q.key.data + image * q.key.stride[0] * bytes;
+    for (int head = 0; head < int(q.heads); ++head)
+      prefetch_block(key + head * q.key.stride[1] * bytes, int(q.tokens), q.key.stride[2] * bytes, int(q.channels * bytes));
   }
-  if (k.vectors) {
-    const int64_t bytes = size_of(p.x.dtype);
-    prefetch_block((const char*)p.x.data + image * p.x.stride[0] * bytes + int64_t(16) * part * k.part_units, k.prefetch_rows,
-                   p.x.stride[1] * bytes, 16 * min(k.part_units, k.units - part * k.part_units));
+  if (p.vectors) {
+    const int64_t bytes = size_of(q.x.dtype);
+    prefetch_block((const char*)q.x.data + image * q.x.stride[0] * bytes + int64_t(16) * part * p.part_units, p.prefetch_rows,
+                   q.x.stride[1] * bytes, 16 * min(p.part_units, p.units - part * p.part_units));
   }
   for (int i = thread; i < num_a + num_b; i += kThreads) {
     const bool is_a = i < num_a;
-    const int64_t token = is_a ? source_token(p, i) : destination_token(p, i - num_a);
-    const float size = p.size.data ? load_any<float>(p.size, image * p.size.stride[0] + token * p.size.stride[1]) : 1.f;
+    const int64_t token = is_a ? source_token(q, i) : destination_token(q, i - num_a);
+    const float size = q.size.data ? load_any<float>(q.size, image * q.size.stride[0] + token * q.size.stride[1]) : 1.f;
     (is_a ? (int*)(memory + at.token_a) + i : (int*)(memory + at.token_b) + i - num_a)[0] = int(token);
     (is_a ? (float*)(memory + at.size_a) + i : (float*)(memory + at.size_b) + i - num_a)[0] = size;
   }
   for (int i = thread; i < num_b * at.words; i += kThreads) ((uint32_t*)(memory + at.members))[i] = 0;
   if (thread == 0) *(int*)(memory + at.next_row) = 0;
 
-  match_image<S, split, Q>(k, image, part == 0);
+  match_image<S, split, Q>(p, image, part == 0);
 
-  if (p.x.dtype == DType::f32) {
-    k.vectors ? merge_rows<float, true>(k, image, part) : merge_rows<float, false>(k, image, part);
-  } else if (p.x.dtype == DType::bf16) {
-    k.vectors ? merge_rows<bf16, true>(k, image, part) : merge_rows<bf16, false>(k, image, part);
+  if (q.x.dtype == DType::f32) {
+    p.vectors ? merge_rows<float, true>(p, image, part) : merge_rows<float, false>(p, image, part);
+  } else if (q.x.dtype == DType::bf16) {
+    p.vectors ? merge_rows<bf16, true>(p, image, part) : merge_rows<bf16, false>(p, image, part);
   } else {
-    k.vectors ? merge_rows<f16, true>(k, image, part) : merge_rows<f16, false>(k, image, part);
+    p.vectors ? merge_rows<f16, true>(p, image, part) : merge_rows<f16, false>(p, image, part);
   }
 }
 
-bool splits_keys(const Problem& p) {
-  return p.hidden || p.key_delta.data || p.heads != 1 || (p.key.dtype != DType::bf16 && p.key.dtype != DType::f16);
+bool splits_keys(const Problem& q) {
+  return q.hidden || q.key_delta.data || q.heads != 1 || (q.key.dtype != DType::bf16 && q.key.dtype != DType::f16);
 }
 
 int groups_of(int64_t columns) { return int(ceil_div<int64_t>(columns, 32)); }
 
 template <class S, bool split, int Q>
-CudaStatus start(const ShortForward& k, cudaStream_t stream) {
-  const auto kernel = merge_short<S, split, Q>;
-  return launch("merge_short", kernel, dim3(unsigned(k.p.batch * k.parts)), kThreads, size_t(k.layout.total), stream, k);
+CudaStatus start(const MergeShortParams& p, cudaStream_t stream) {
+  return launch<merge_short<S, split, Q>>(dim3(unsigned(p.q.batch * p.parts)), kThreads, size_t(p.layout.total), stream, p);
 }
 
 template <class S, bool split>
-CudaStatus start_width(const ShortForward& k, cudaStream_t stream) {
-  return k.groups <= 2 && k.hidden_groups <= kHiddenGroups<2> ? start<S, split, 2>(k, stream) : start<S, split, 4>(k, stream);
+CudaStatus start_width(const MergeShortParams& p, cudaStream_t stream) {
+  return p.groups <= 2 && p.hidden_groups <= kHiddenGroups<2> ? start<S, split, 2>(p, stream) : start<S, split, 4>(p, stream);
+}
+
+size_t shared_of(const Problem& q) {
+  return size_t(Layout(q, groups_of(q.channels), groups_of(q.hidden), splits_keys(q)).total);
 }
 
 }  // namespace
 
-bool forward_short_takes(const Problem& p) {
-  const bool split = splits_keys(p);
-  if (p.wide_scores || p.x.dtype == DType::f64 || p.channels > 128 || p.hidden > 32 * kHiddenGroups<4>) return false;
-  if (p.num_a > kMaxSources || p.num_b > (split ? kMaxSplitDestinations : kMaxDestinations)) return false;
-  if (p.tokens > INT32_MAX) return false;
-  return size_t(Layout(p, groups_of(p.channels), groups_of(p.hidden), split).total) <= limits().shared_per_block;
+bool forward_short_takes(const Problem& q) {
+  if (q.wide_scores || q.x.dtype == DType::f64 || q.channels > 128 || q.hidden > 32 * kHiddenGroups<4>) return false;
+  if (q.num_a > kMaxSources || q.num_b > (splits_keys(q) ? kMaxSplitDestinations : kMaxDestinations)) return false;
+  return q.tokens <= INT32_MAX && shared_of(q) <= limits().shared_per_block;
 }
 
-CudaStatus forward_short(const Problem& p, const ForwardOutputs& out, cudaStream_t stream) {
+CudaStatus forward_short(const Problem& q, const ForwardOutputs& out, cudaStream_t stream) {
   const Limits& gpu = limits();
-  const bool split = splits_keys(p);
-  ShortForward k;
-  k.p = p;
-  k.out = out;
-  k.groups = groups_of(p.channels);
-  k.hidden_groups = groups_of(p.hidden);
-  k.layout = Layout(p, k.groups, k.hidden_groups, split);
-  k.reads = KeyReads(p);
-  const int bytes = size_of(p.x.dtype);
-  const bool contiguous = p.x.stride[2] == 1 || p.dim == 1;
-  k.vectors = contiguous && aligned16(p.x.data, p.x.dtype, {p.dim, p.x.stride[0], p.x.stride[1]}) &&
-              aligned16(out.tokens, p.x.dtype, {});
-  k.units = int(k.vectors ? p.dim * bytes / 16 : p.dim);
+  const bool split = splits_keys(q);
+  MergeShortParams p;
+  p.q = q;
+  p.out = out;
+  p.groups = groups_of(q.channels);
+  p.hidden_groups = groups_of(q.hidden);
+  p.layout = Layout(q, p.groups, p.hidden_groups, split);
+  p.reads = KeyReads(q);
+  const int bytes = size_of(q.x.dtype);
+  p.vectors = q.x.stride[2] == 1 && aligned16(q.x.data, q.x.dtype, {q.dim, q.x.stride[0], q.x.stride[1]}) &&
+              aligned16(out.tokens, q.x.dtype, {});
+  p.units = int(p.vectors ? q.dim * bytes / 16 : q.dim);
   // Two blocks a multiprocessor where matching anew is cheap, one where it isn't; no less than a line of columns in each.
-  const int64_t wanted = std::max<int64_t>(1, gpu.multiprocessors * (split ? 1 : 2) / std::max<int64_t>(p.batch, 1));
-  const int line = k.vectors ? 8 : 128 / bytes;
-  k.part_units = round_up(ceil_div(k.units, int(std::min<int64_t>(wanted, k.units))), line);
-  k.parts = ceil_div(k.units, k.part_units);
-  const int64_t resident = std::min<int64_t>(p.batch * k.parts, 2 * gpu.multiprocessors);
-  k.prefetch_rows =
-      int(std::min<int64_t>(p.tokens, int64_t(gpu.l2_bytes / 2) / std::max<int64_t>(1, resident * 16 * k.part_units)));
-  if (split) return start_width<f16, true>(k, stream);
-  return p.key.dtype == DType::bf16 ? start_width<bf16, false>(k, stream) : start_width<f16, false>(k, stream);
+  const int64_t wanted = std::max<int64_t>(1, gpu.multiprocessors * (split ? 1 : 2) / std::max<int64_t>(q.batch, 1));
+  const int line = p.vectors ? 8 : 128 / bytes;
+  p.part_units = round_up(ceil_div(p.units, int(std::min<int64_t>(wanted, p.units))), line);
+  p.parts = ceil_div(p.units, p.part_units);
+  const int64_t resident = std::min<int64_t>(q.batch * p.parts, 2 * gpu.multiprocessors);
+  p.prefetch_rows =
+      int(std::min<int64_t>(q.tokens, int64_t(gpu.l2_bytes / 2) / std::max<int64_t>(1, resident * 16 * p.part_units)));
+  if (split) return start_width<f16, true>(p, stream);
+  return q.key.dtype == DType::bf16 ? start_width<bf16, false>(p, stream) : start_width<f16, false>(p, stream);
 }
 
 KernelList forward_short_kernels() {
-  static const KernelEntry entries[] = {
-      {"merge_short<bf16, 64>", (const void*)merge_short<bf16, false, 2>, kThreads, 24 << 10},
-      {"merge_short<bf16, 128>", (const void*)merge_short<bf16, false, 4>, kThreads, 40 << 10},
-      {"merge_short<f16, 64>", (const void*)merge_short<f16, false, 2>, kThreads, 24 << 10},
-      {"merge_short<f16, 128>", (const void*)merge_short<f16, false, 4>, kThreads, 40 << 10},
-      {"merge_short<split, 64>", (const void*)merge_short<f16, true, 2>, kThreads, 56 << 10},
-      {"merge_short<split, 128>", (const void*)merge_short<f16, true, 4>, kThreads, 108 << 10},
+  const auto shared = [](bool refined, int64_t channels, int64_t hidden) {
+    Problem q = typical_problem(refined);
+    q.channels = channels;
+    q.hidden = hidden;
+    return shared_of(q);
   };
-  return {entries, int(sizeof(entries) / sizeof(entries[0]))};
+  return {
+      entry<merge_short<bf16, false, 2>>("merge_short<bf16, 64>", kThreads, shared(false, 64, 0)),
+      entry<merge_short<bf16, false, 4>>("merge_short<bf16, 128>", kThreads, shared(false, 128, 0)),
+      entry<merge_short<f16, false, 2>>("merge_short<f16, 64>", kThreads, shared(false, 64, 0)),
+      entry<merge_short<f16, false, 4>>("merge_short<f16, 128>", kThreads, shared(false, 128, 0)),
+      entry<merge_short<f16, true, 2>>("merge_short<split, 64>", kThreads, shared(true, 64, 32)),
+      entry<merge_short<f16, true, 4>>("merge_short<split, 128>", kThreads, shared(true, 128, 64)),
+  };
 }
 
 }  // namespace cuda

@@ -6,7 +6,7 @@
 namespace fpet {
 namespace cuda {
 
-struct MergeParams {
+struct MergeListsParams {
   Problem q;             // x is what is summed
   const int64_t* match;  // (B, N_A)
   void* tokens;          // (B, M, D)
@@ -17,7 +17,7 @@ struct MergeParams {
 };
 
 // In forward_long.cu.
-CudaStatus launch_merge_lists(MergeParams, cudaStream_t);
+CudaStatus launch_merge_lists(MergeListsParams, cudaStream_t);
 
 }  // namespace cuda
 }  // namespace fpet

@@ -201,7 +201,7 @@ struct KeyTile {
     ld_key = int(q.channels | 1);
     ld_hidden = q.hidden ? int(q.hidden | 1) : 0;
     rows = kKeyRows;
-    while (rows > 4 && size_for(copies) + other > 64 << 10) rows /= 2;
+    while (rows > 4 && size_for(copies) + other > kSharedOfKeyTile) rows /= 2;
     bytes = size_for(copies) + other;
   }
   size_t size_for(int copies) const {
@@ -213,14 +213,14 @@ struct KeyTile {
 // --- preparing -----------------------------------------------------------------------------------------------------------------------
 
 template <class T>
-struct PrepareParams {
+struct PrepareKeysParams {
   Problem q;
   PreparedKeys<T> keys;
   int ld_key, ld_hidden, rows, blocks;  // blocks of `rows` rows in an image
   bool aligned;
   size_t bytes;
 
-  PrepareParams(const Problem& problem, const PreparedKeys<T>& prepared) : q(problem), keys(prepared) {
+  PrepareKeysParams(const Problem& problem, const PreparedKeys<T>& prepared) : q(problem), keys(prepared) {
     const KeyTile<T> tile(q, 1, 0);
     ld_key = tile.ld_key, ld_hidden = tile.ld_hidden, rows = tile.rows, bytes = tile.bytes;
     blocks = int(ceil_div(q.num_a + q.num_b, int64_t(rows)));
@@ -229,8 +229,8 @@ struct PrepareParams {
 };
 
 // In forward_long.cu.
-CudaStatus launch_prepare_keys(const PrepareParams<float>&, cudaStream_t);
-CudaStatus launch_prepare_keys(const PrepareParams<double>&, cudaStream_t);
+CudaStatus launch_prepare_keys(const PrepareKeysParams<float>&, cudaStream_t);
+CudaStatus launch_prepare_keys(const PrepareKeysParams<double>&, cudaStream_t);
 
 // --- who merged into a few rows --------------------------------------------------------------------------------------------------------
 

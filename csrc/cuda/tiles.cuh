@@ -11,13 +11,6 @@
 namespace fpet {
 namespace cuda {
 
-// The same number, of which the compiler does not know where it comes from: what is worked out from it, anew in every tile, does not
-// wait in registers through the products.
-FPET_DEVICE int opaque(int v) {
-  asm volatile("" : "+r"(v));
-  return v;
-}
-
 constexpr int kTileA = 64, kTileB = 128, kTileThreads = 256, kRowBytes = 128;
 constexpr int kStageBytes = (kTileA + kTileB) * kRowBytes;
 

@@ -5,7 +5,9 @@ namespace fpet {
 namespace cuda {
 namespace {
 
-struct AverageParams {
+constexpr int kThreads = 256;
+
+struct AverageHeadsParams {
   Problem q;
   void* out;
   int chunk;  // channels a thread
@@ -14,9 +16,9 @@ struct AverageParams {
 };
 
 template <class T>
-__global__ void __launch_bounds__(256, 4) average_heads(const __grid_constant__ AverageParams p) {
+__global__ void __launch_bounds__(kThreads, 4) average_heads(const __grid_constant__ AverageHeadsParams p) {
   const Problem& q = p.q;
-  const int64_t at = int64_t(blockIdx.x) * 256 + threadIdx.x, chunks = q.channels / p.chunk;
+  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, chunks = q.channels / p.chunk;
   if (at >= p.count) return;
   const int64_t row = at / chunks, b = row / q.tokens;
   mean_key(q, p.aligned, b, row - b * q.tokens, int(at - row * chunks) * p.chunk, (T*)p.out + at * p.chunk);
@@ -24,7 +26,7 @@ __global__ void __launch_bounds__(256, 4) average_heads(const __grid_constant__ 
 
 // --- unmerge -----------------------------------------------------------------------------------------------------------------------------
 
-struct CopyParams {
+struct CopyRowsParams {
   Problem q;  // positions only
   const int64_t* match;
   View input;  // strides in words
@@ -33,11 +35,11 @@ struct CopyParams {
   int blocks;  // per image
 };
 
-constexpr int kCopyRows = 8;
+constexpr int kCopyRows = kThreads / 32;
 
 // Word: 2 to 16 bytes. Rows here: prefix tokens, destinations, sources.
 template <class Word>
-__global__ void __launch_bounds__(256) copy_rows(const __grid_constant__ CopyParams p) {
+__global__ void __launch_bounds__(kThreads) copy_rows(const __grid_constant__ CopyRowsParams p) {
   const Problem& q = p.q;
   const int64_t b = blockIdx.x / p.blocks, merged = q.prefix + q.num_b;
   const int64_t r = (blockIdx.x - b * p.blocks) * kCopyRows + warp_index(), i = r - merged;
@@ -67,36 +69,37 @@ Problem positions_of(const UnmergeProblem& u) {
 
 }  // namespace
 
-KernelList other_kernels() {
-  static const KernelEntry entries[] = {
-      {"average_heads<float>", (const void*)average_heads<float>, 256, 0},
-      {"average_heads<double>", (const void*)average_heads<double>, 256, 0},
-      {"copy_rows<2 bytes>", (const void*)copy_rows<uint16_t>, 256, 0},
-      {"copy_rows<4 bytes>", (const void*)copy_rows<uint32_t>, 256, 0},
-      {"copy_rows<8 bytes>", (const void*)copy_rows<uint2>, 256, 0},
-      {"copy_rows<16 bytes>", (const void*)copy_rows<uint4>, 256, 0},
+KernelList unmerge_kernels() {
+  return {
+      entry<average_heads<float>>("average_heads<float>", kThreads, 0),
+      entry<average_heads<double>>("average_heads<double>", kThreads, 0),
+      entry<copy_rows<uint16_t>>("copy_rows<2 bytes>", kThreads, 0),
+      entry<copy_rows<uint32_t>>("copy_rows<4 bytes>", kThreads, 0),
+      entry<copy_rows<uint2>>("copy_rows<8 bytes>", kThreads, 0),
+      entry<copy_rows<uint4>>("copy_rows<16 bytes>", kThreads, 0),
   };
-  return {entries, int(sizeof(entries) / sizeof(*entries))};
 }
 
 }  // namespace cuda
 
-CudaStatus cuda_average_heads(const Problem& q, void* out, cudaStream_t stream) {
+CudaStatus cuda_average_heads(const Problem& problem, void* out, cudaStream_t stream) {
   using namespace cuda;
-  AverageParams p;
+  const Problem q = with_plain_strides(problem);
+  AverageHeadsParams p;
   p.q = q;
   p.out = out;
   p.aligned = keys_aligned(q);
   p.chunk = p.aligned ? 16 / size_of(q.key.dtype) : 1;
   p.count = q.batch * q.tokens * (q.channels / p.chunk);
-  const dim3 grid(unsigned(ceil_div(p.count, int64_t(256))));
-  return q.wide_scores ? FPET_LAUNCH(average_heads<double>, grid, 256u, size_t(0), stream, p)
-                       : FPET_LAUNCH(average_heads<float>, grid, 256u, size_t(0), stream, p);
+  const dim3 grid(unsigned(ceil_div(p.count, int64_t(kThreads))));
+  return q.wide_scores ? launch<average_heads<double>>(grid, kThreads, 0, stream, p)
+                       : launch<average_heads<float>>(grid, kThreads, 0, stream, p);
 }
 
-CudaStatus cuda_unmerge(const UnmergeProblem& u, cudaStream_t stream) {
+CudaStatus cuda_unmerge(const UnmergeProblem& problem, cudaStream_t stream) {
   using namespace cuda;
-  CopyParams p;
+  const UnmergeProblem u = with_plain_strides(problem);
+  CopyRowsParams p;
   p.q = positions_of(u);
   p.match = u.match;
   p.input = u.input;
@@ -110,18 +113,19 @@ CudaStatus cuda_unmerge(const UnmergeProblem& u, cudaStream_t stream) {
   p.blocks = int(ceil_div(p.q.tokens, int64_t(kCopyRows)));
   const dim3 grid(unsigned(u.batch * p.blocks));
   switch (word) {
-    case 2: return FPET_LAUNCH(copy_rows<uint16_t>, grid, 256u, size_t(0), stream, p);
-    case 4: return FPET_LAUNCH(copy_rows<uint32_t>, grid, 256u, size_t(0), stream, p);
-    case 8: return FPET_LAUNCH(copy_rows<uint2>, grid, 256u, size_t(0), stream, p);
-    default: return FPET_LAUNCH(copy_rows<uint4>, grid, 256u, size_t(0), stream, p);
+    case 2: return launch<copy_rows<uint16_t>>(grid, kThreads, 0, stream, p);
+    case 4: return launch<copy_rows<uint32_t>>(grid, kThreads, 0, stream, p);
+    case 8: return launch<copy_rows<uint2>>(grid, kThreads, 0, stream, p);
+    default: return launch<copy_rows<uint4>>(grid, kThreads, 0, stream, p);
   }
 }
 
 size_t cuda_unmerge_backward_workspace(const UnmergeProblem&) { return 0; }
 
-CudaStatus cuda_unmerge_backward(const UnmergeProblem& u, void*, cudaStream_t stream) {
+CudaStatus cuda_unmerge_backward(const UnmergeProblem& problem, void*, cudaStream_t stream) {
   using namespace cuda;
-  MergeParams p{};
+  const UnmergeProblem u = with_plain_strides(problem);
+  MergeListsParams p{};
   p.q = positions_of(u);
   p.q.x = u.input;
   p.match = u.match;

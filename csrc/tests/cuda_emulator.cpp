@@ -1,5 +1,6 @@
 #include "cuda_emulator.h"
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -20,6 +21,7 @@
 namespace emulator {
 
 Options options;
+Record record;
 Thread* self = nullptr;
 dim3 block_size, grid_size;
 
@@ -92,7 +94,7 @@ Barrier barriers[16];
 int threads_left = 0, threads_total = 0;
 Context scheduler;
 const std::function<void()>* body = nullptr;
-const char* kernel_name = "";
+std::string kernel_name;
 char* shared_memory = nullptr;
 std::mt19937 rng;
 
@@ -235,7 +237,7 @@ void run_block(dim3 index) {
       }
     }
     if (moved) continue;
-    std::fprintf(stderr, "%s, block %u: threads wait for each other\n", kernel_name, index.x);
+    std::fprintf(stderr, "%s, block %u: threads wait for each other\n", kernel_name.c_str(), index.x);
     for (unsigned i = 0; i < count; ++i)
       if (!fibers[i]->done && (i % 32 == 0 || fibers[i]->waits_in != fibers[i - 1]->waits_in))
         std::fprintf(stderr, "  from thread %u on: in %s\n", i, fibers[i]->waits_in);
@@ -246,7 +248,7 @@ void run_block(dim3 index) {
 }  // namespace
 
 void fail(const char* format, ...) {
-  std::fprintf(stderr, "%s: ", kernel_name);
+  std::fprintf(stderr, "%s: ", kernel_name.c_str());
   va_list arguments;
   va_start(arguments, format);
   std::vfprintf(stderr, format, arguments);
@@ -257,19 +259,21 @@ void fail(const char* format, ...) {
 
 char* shared() { return shared_memory; }
 
-void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
-  kernel_name = name;
+void launch(const void* function, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+  Dl_info info{};
+  kernel_name = dladdr(function, &info) && info.dli_sname ? info.dli_sname : "a kernel";
   if (self) fail("launched from a kernel");
   if (block.x * block.y * block.z > 1024) fail("%u threads in a block", block.x * block.y * block.z);
   if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) fail("grid of %u × %u × %u", grid.x, grid.y, grid.z);
   if (shared_bytes > size_t(options.shared_per_block)) fail("%zu bytes of shared memory", shared_bytes);
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  record.launches.push_back({function, block.x * block.y * block.z, blocks, shared_bytes, {}});
   block_size = block;
   grid_size = grid;
   body = &kernel;
   rng.seed(options.seed);
   const size_t allocated = (shared_bytes + kGuard + 127) / 128 * 128;
   shared_memory = static_cast<char*>(std::aligned_alloc(128, allocated));
-  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   std::vector<uint64_t> order(blocks);
   arrange(order);
   for (const uint64_t i : order) {
@@ -289,6 +293,7 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const 
 }
 
 int barrier(int id, int threads, bool predicate) {
+  count("barrier");
   Barrier& b = barriers[id];
   if (b.arrived && b.wanted != threads) fail("barrier %d: threads disagree on how many come", id);
   b.wanted = threads;
@@ -323,6 +328,7 @@ void collective(const char* name, unsigned mask, const void* in, void* out, cons
   const uint32_t seen = group->generation;
   if (group->arrived == mask) {
     compute(*group);
+    count(name);
     group->arrived = 0;
     ++group->generation;
     return;
@@ -331,6 +337,7 @@ void collective(const char* name, unsigned mask, const void* in, void* out, cons
 }
 
 void copy_begin(void* to, const void* from, int bytes, int from_bytes) {
+  count("copied bytes", from_bytes);
   const Copy copy{to, from, bytes, from_bytes};
   if (reinterpret_cast<uintptr_t>(to) % size_t(bytes) || (from_bytes && reinterpret_cast<uintptr_t>(from) % size_t(bytes)))
     fail("copy of %d bytes that is not aligned to them", bytes);
@@ -378,7 +385,7 @@ cudaError_t cudaGetDeviceCount(int* count) {
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulator::options.device;
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -396,10 +403,19 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t error) { return error ? "error" : "no error"; }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  ++emulator::record.attributes_asked;
   *attributes = {};
   return cudaSuccess;
 }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int value) {
+  emulator::record.shared_allowed[function].push_back(value);
+  return value <= emulator::options.shared_per_block ? cudaSuccess : cudaErrorInvalidValue;
+}
+cudaError_t emulator_may_launch(const void* function, const cudaLaunchConfig_t& config) {
+  const auto found = emulator::record.shared_allowed.find(function);
+  const size_t allowed = found == emulator::record.shared_allowed.end() ? 48 << 10 : size_t(found->second.back());
+  return config.dynamicSmemBytes <= allowed ? cudaSuccess : cudaErrorInvalidValue;
+}
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
   *blocks = 1;
   return cudaSuccess;

@@ -14,6 +14,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
+#include <string>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -63,9 +66,26 @@ struct Options {
   Order order = Order::ascending;
   unsigned seed = 0;
   // As a device would report them.
+  int device = 1000;  // too high a number for its limits to be remembered: tests change them
   int multiprocessors = 4, shared_per_block = 227 << 10, shared_per_multiprocessor = 228 << 10, l2_bytes = 1 << 20;
 };
 extern Options options;
+
+// What has been done since a test last cleared it: launches in their order, with what happened in each, and what the runtime was asked.
+struct Launched {
+  const void* function;
+  unsigned threads;
+  uint64_t blocks;
+  size_t shared;
+  std::map<std::string, int64_t> events;  // warp-wide operations by their names; by threads: barrier, load16, copied bytes
+};
+struct Record {
+  std::vector<Launched> launches;
+  std::map<const void*, std::vector<int>> shared_allowed;  // what each kernel was allowed, call by call
+  int attributes_asked = 0;
+};
+extern Record record;
+inline void count(const char* event, int64_t n = 1) { record.launches.back().events[event] += n; }
 
 struct Group {
   unsigned mask = 0, arrived = 0;
@@ -83,7 +103,7 @@ extern Thread* self;
 extern dim3 block_size, grid_size;
 
 // Runs kernel() for every thread of every block.
-void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+void launch(const void* function, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 char* shared();
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 // Waits until `threads` threads (0: all of the block) have come to barrier `id`; returns whether, and for how many, a predicate held.
@@ -133,8 +153,8 @@ T reduce(const char* name, unsigned mask, T value, F combine) {
 
 #define threadIdx (::emulator::self->thread_index)
 #define blockIdx (::emulator::self->block_index)
-#define blockDim (::emulator::block_size)
-#define gridDim (::emulator::grid_size)
+inline const dim3& blockDim = ::emulator::block_size;
+inline const dim3& gridDim = ::emulator::grid_size;
 constexpr int warpSize = 32;
 
 inline void __syncthreads() { emulator::barrier(0, 0, false); }
@@ -272,6 +292,7 @@ inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return v ? __builtin_clz(unsigned(v)) : 32; }
 template <class T>
 T __ldg(const T* p) {
+  if (sizeof(T) == 16) emulator::count("load16");
   return *p;
 }
 template <class T>
@@ -334,6 +355,21 @@ struct cudaFuncAttributes {
   int numRegs = 0, maxThreadsPerBlock = 1024;
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+// Also fails where more shared memory is asked for than the kernel has been allowed.
+cudaError_t emulator_may_launch(const void* function, const cudaLaunchConfig_t&);
+template <class... P, class... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), const A&... arguments) {
+  const cudaError_t error = emulator_may_launch((const void*)kernel, *config);
+  if (error != cudaSuccess) return error;
+  emulator::launch((const void*)kernel, config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                   [&] { kernel(arguments...); });
+  return cudaSuccess;
+}
 
 cudaError_t cudaMalloc(void** p, size_t bytes);
 cudaError_t cudaFree(void* p);
