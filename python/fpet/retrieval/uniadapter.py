@@ -20,11 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..huggingface.encoders import (  # first: it says what to install where transformers is missing
-    convert,
-    restore,
-    vision_layers,
-)
+from ..huggingface import convert, restore, vision_layers  # first: it says what to install where transformers is missing
 from ..layers.modules import PETModule
 
 # isort: split

@@ -1,0 +1,247 @@
+"""``fpet.huggingface.apply`` and ``remove``: merging switched on and off in a model of transformers that exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers import PreTrainedModel
+from transformers.models.blip import modeling_blip
+
+from ..vit.merging import merge_splits
+from ..vit.models import MergedFeatures
+from ..vit.patch import _check_layers, _check_refinement
+from . import encoders as _encoders
+from .attention import FPETBlipAttention, FPETCLIPAttention, FPETSiglipAttention, FPETViTAttention
+from .blip import FPETBlipCrossAttention, FPETBlipForImageTextRetrieval
+from .encoders import (
+    FPETBlipEncoderLayer,
+    FPETBlipVisionModel,
+    FPETCLIPEncoderLayer,
+    FPETCLIPVisionModel,
+    FPETSiglipEncoderLayer,
+    FPETSiglipVisionModel,
+    FPETViTLayer,
+    FPETViTModel,
+    VisionMergeConfig,
+    _attention_of,
+    _MergingEncoder,
+    vision_layers,
+)
+
+__all__ = ["apply", "convert", "find_vision_encoder", "merged_features", "remove", "restore"]
+
+
+_FORMS = ("auto", "mask", "column")
+_ATTENTIONS = ("eager", "sdpa")
+
+
+def _original(ours: type[nn.Module]) -> type[nn.Module]:
+    return ours.__bases__[-1]
+
+
+ENCODERS: dict[type[nn.Module], type[nn.Module]] = {
+    _original(cls): cls for cls in (FPETBlipVisionModel, FPETCLIPVisionModel, FPETSiglipVisionModel, FPETViTModel)
+}
+"""The class that takes over, for each of transformers' vision encoders."""
+
+_INNER: dict[type[nn.Module], type[nn.Module]] = {
+    _original(cls): cls
+    for cls in (
+        FPETBlipEncoderLayer, FPETCLIPEncoderLayer, FPETSiglipEncoderLayer, FPETViTLayer,
+        FPETBlipAttention, FPETCLIPAttention, FPETSiglipAttention, FPETViTAttention,
+        FPETBlipCrossAttention,
+    )
+}  # fmt: skip
+_HOLDERS: dict[type[nn.Module], type[nn.Module]] = {
+    _original(cls): cls
+    for cls in (FPETBlipForImageTextRetrieval, getattr(_encoders, "FPETSiglipVisionShell", None))
+    if cls is not None
+}
+_BACK = {ours: theirs for theirs, ours in (ENCODERS | _INNER | _HOLDERS).items()}
+for _ours, _theirs in _BACK.items():
+    if issubclass(_ours, PreTrainedModel):
+        _ours.__name__ = _theirs.__name__  # save_pretrained writes it into config.json; pickle goes by __qualname__
+
+
+def apply(
+    model: nn.Module,
+    layer: int | Iterable[int] | None = None,
+    *,
+    refinement: Any = None,
+    proportional_attention: bool | str = True,
+    similarity: str = "cosine",
+    attention: str | None = None,
+    backend: str | None = None,
+) -> nn.Module:
+    """Makes the vision encoder in ``model`` merge half of its patch tokens in one layer or several.
+
+    Args: those of :func:`fpet.apply`, and
+        model: a BLIP, CLIP, SigLIP or ViT of transformers, or anything that holds exactly one vision encoder of theirs.
+        attention: "eager" or "sdpa" for the encoder's layers; None follows the model's ``attn_implementation``, which for
+            BLIP transformers has in eager form only. "sdpa" holds for BLIP's cross-attention over merged tokens too.
+
+    Returns:
+        ``model``. Calling it again changes the settings.
+
+    Raises:
+        TypeError: an encoder, layer or attention that merging would not be sound in, with the reason. ValueError: an
+            argument's value. Nothing is changed then.
+    """
+    encoder: Any = find_vision_encoder(model)
+    form = "auto" if proportional_attention is True else proportional_attention or None
+    if form is not None and form not in _FORMS:
+        raise ValueError(f"proportional_attention: expected True, False, 'mask' or 'column', got {proportional_attention!r}")
+    if similarity not in ("cosine", "dot"):
+        raise ValueError(f"similarity: expected 'cosine' or 'dot', got {similarity!r}")
+    if attention is not None and attention not in _ATTENTIONS:
+        raise ValueError(f"attention: expected 'eager', 'sdpa' or None, got {attention!r}")
+    layers = _check_layers(layer, len(vision_layers(encoder)))
+    _check_structure(encoder, layers, attention)
+    modules = _check_refinement(refinement, layers, vision_layers(encoder), _key_channels)
+    if modules and isinstance(encoder, FSDPModule):
+        raise TypeError("model: it is sharded and takes no new parameters; call fpet.huggingface.apply before fully_shard")
+
+    convert(encoder)
+    encoder.fpet_config = VisionMergeConfig(layers, form, similarity, backend, attention)  # type: ignore[arg-type]
+    for i, block in enumerate(vision_layers(encoder)):
+        if i in modules:
+            block.refinement = modules[i]
+        elif refinement is False and getattr(block, "refinement", None) is not None:
+            del block.refinement
+    for module in _around(model, encoder):
+        module.__class__ = (_INNER | _HOLDERS).get(type(module), type(module))
+        if isinstance(module, FPETBlipCrossAttention):
+            module.fpet_attention = attention
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Undoes :func:`apply`: classes are transformers' again, refinements are gone. Returns ``model``.
+
+    With adapters in the encoder's layers (:func:`fpet.retrieval.uniadapter.add_uniadapters`) these stay, and nothing is merged.
+    """
+    encoder: Any = next((m for m in model.modules() if isinstance(m, _MergingEncoder)), None)
+    if encoder is None:
+        return model
+    if type(encoder) not in _BACK:
+        raise TypeError(f"model: {type(encoder).__name__} was wrapped after fpet.huggingface.apply; remove before wrapping")
+    for block in vision_layers(encoder):
+        if getattr(block, "refinement", None) is not None:
+            del block.refinement
+    for module in _around(model, encoder):
+        module.__dict__.pop("fpet_attention", None)
+        module.__class__ = _BACK.get(type(module), type(module))
+    encoder.fpet_config = VisionMergeConfig()
+    restore(encoder)
+    return model
+
+
+def convert(encoder: Any) -> None:
+    """Swaps the classes of a vision encoder, its layers and their attentions; nothing is merged by that yet."""
+    for module in _parts(encoder):
+        # transformers 4 leaves a module's own forward behind on the instance once it has recorded hidden states.
+        module.__dict__.pop("forward", None)
+        module.__class__ = (ENCODERS | _INNER).get(type(module), type(module))
+    if not hasattr(encoder, "fpet_config"):
+        encoder.fpet_config = VisionMergeConfig()
+
+
+def restore(encoder: Any) -> None:
+    """Undoes :func:`convert`, unless the encoder merges or a layer has an adapter or a refinement."""
+    blocks = vision_layers(encoder)
+    filled = any(block.adapter is not None or getattr(block, "refinement", None) is not None for block in blocks)
+    if encoder.fpet_config.layers or filled:
+        return
+    for module in _parts(encoder):
+        module.__dict__.pop("forward", None)
+        module.__class__ = _BACK.get(type(module), type(module))
+    del encoder.fpet_config
+
+
+def merged_features(model: nn.Module, pixel_values: Tensor, **options: Any) -> MergedFeatures:
+    """The encoder's merged tokens (B, M, D), how many original tokens each one stands for, and which one for which.
+
+    Raises:
+        TypeError: the model is not patched.
+    """
+    encoder: Any = next((m for m in model.modules() if isinstance(m, _MergingEncoder)), None)
+    if encoder is None:
+        raise TypeError(f"model: expected one patched by fpet.huggingface.apply, got {type(model).__name__}")
+    output = encoder(pixel_values, keep_merged=True, return_dict=True, **options)
+    return MergedFeatures(output.last_hidden_state, output.size, output.source)
+
+
+def find_vision_encoder(model: nn.Module) -> nn.Module:
+    """The one vision encoder in ``model`` that merging is known for.
+
+    Raises:
+        TypeError: there is none, there are several, or a data-parallel wrapper is around it.
+    """
+    if isinstance(model, (DistributedDataParallel, DataParallel)):
+        raise TypeError(f"model: expected an unwrapped model, got {type(model).__name__}; patch it before wrapping")
+    found = [m for m in model.modules() if type(m) in ENCODERS or isinstance(m, _MergingEncoder)]
+    if len(found) == 1:
+        return found[0]
+    name = type(model).__name__
+    if found:
+        raise TypeError(f"model: {name} holds {len(found)} vision encoders; call fpet.huggingface.apply on each")
+    for module in model.modules():
+        if (base := next((cls for cls in type(module).__mro__[1:] if cls in ENCODERS), None)) is not None:
+            what = f"{type(module).__name__} is a subclass of {base.__name__}, and what it changes there is unknown"
+            raise TypeError(f"model: {name} can't be merged: {what}")
+    known = ", ".join(cls.__name__ for cls in ENCODERS)
+    raise TypeError(f"model: {name} can't be merged: no knowledge of a vision encoder in it; known are {known}")
+
+
+def _parts(encoder: Any) -> list[nn.Module]:
+    blocks = vision_layers(encoder)
+    return [encoder, *blocks, *(_attention_of(block) for block in blocks)]
+
+
+def _around(model: nn.Module, encoder: nn.Module) -> list[nn.Module]:
+    """What else in ``model`` has to know that ``encoder`` merges: the model it belongs to, and BLIP's cross-attentions."""
+    found: list[nn.Module] = []
+    for holder in model.modules():
+        if (type(holder) in _HOLDERS or type(holder) in _HOLDERS.values()) and holder.vision_model is encoder:
+            found.append(holder)
+            if isinstance(holder, modeling_blip.BlipForImageTextRetrieval):
+                blocks = holder.text_encoder.encoder.layer
+                found += [block.crossattention.self for block in blocks if hasattr(block, "crossattention")]
+    return found
+
+
+def _check_structure(encoder: Any, layers: tuple[int, ...], attention: str | None) -> None:
+    name = type(encoder).__name__
+    for part in _parts(encoder):
+        if type(part) not in ENCODERS and type(part) not in _INNER and type(part) not in _BACK:
+            raise TypeError(f"model: {name} can't be merged: no knowledge of {type(part).__name__}")
+        own = part.__dict__.get("forward")
+        if own is not None and getattr(own, "__func__", None) is not type(part).forward:
+            what = f"the forward of its {type(part).__name__} was replaced, as accelerate's device_map does"
+            raise TypeError(f"model: {name} can't be merged: {what}; call fpet.huggingface.apply before that")
+    how = attention or encoder.config._attn_implementation
+    if how not in _ATTENTIONS:
+        raise TypeError(
+            f"model: {name} attends by {how!r}, which can't weigh tokens by size; expected 'eager' or 'sdpa': load it with "
+            f"attn_implementation='sdpa', or give attention='sdpa'"
+        )
+    if layers:
+        height, width = _configured_grid(encoder)
+        merge_splits(height, width, len(layers))
+
+
+def _configured_grid(encoder: Any) -> tuple[int, int]:
+    size, patch = encoder.config.image_size, encoder.config.patch_size
+    sizes = size if isinstance(size, Iterable) else (size, size)
+    patches = patch if isinstance(patch, Iterable) else (patch, patch)
+    height, width = (int(s) // int(p) for s, p in zip(sizes, patches, strict=True))
+    return height, width
+
+
+def _key_channels(block: Any) -> int:
+    inner = _attention_of(block)
+    return inner.head_dim if hasattr(inner, "head_dim") else inner.attention_head_size
