@@ -9,7 +9,8 @@ from .adapters.freezing import ParameterCount, count_parameters, freeze
 from .files.saving import import_authors, import_petl_vit, load, save
 from .layers.refinement import KeyRefinement
 from .visualization import Visualization, visualize
-from .vit.models import MergeConfig, MergedFeatures, merged_features
+from .vit.config import MergeConfig
+from .vit.models import MergedFeatures, merged_features
 from .vit.patch import apply, merged, remove
 
 __all__ = [

@@ -26,8 +26,8 @@ from .adapters.methods import hook, transformer_blocks
 from .files import saving
 from .layers.modules import BottleneckAdapter, FacTFactors, PETModule, Prompts
 from .vit.block import convert
+from .vit.config import MergeConfig
 from .vit.merging import MergeStep
-from .vit.models import MergeConfig
 from .vit.patch import apply, find_model
 
 __all__ = ["MultiTask"]

@@ -24,7 +24,7 @@ from ..vit import patch
 from ..vit.attention import FPETAttention
 from ..vit.block import FPETBlock, key_channels
 from ..vit.merging import SizeBias
-from ..vit.models import FPETVisionTransformer, _Encoded
+from ..vit.models import Encoded, FPETVisionTransformer
 from .ltmp import LTMPAttention, Thresholds, flops_ratio, target_ratio
 
 __all__ = ["COMPARATORS", "Reducer", "apply", "flops_target", "remove"]
@@ -153,7 +153,7 @@ class ReducedVisionTransformer(FPETVisionTransformer):
     def _encode(
         self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *,
         take: tuple[int, ...] | list[int] = (), normed: bool = False, depth: int | None = None,
-    ) -> _Encoded:  # fmt: skip
+    ) -> Encoded:  # fmt: skip
         if attn_mask is not None or is_causal:
             raise ValueError("attn_mask, is_causal: comparators take none")
         x, grid = self._embed(images)[:2]
@@ -217,7 +217,7 @@ def _restore(x: Tensor, source: Tensor | None) -> Tensor:
     return found.masked_fill((source < 0)[:, :, None], 0)
 
 
-class _Traced(_Encoded):
+class _Traced(Encoded):
     """Its only match says for every original token where it went. flops: of LTMP."""
 
     flops: Tensor

@@ -28,7 +28,7 @@ from ..adapters.methods import transformer_blocks
 from ..comparators.ltmp import Thresholds
 from ..layers.quantize import QuantizedLinear, latent_weight, levels, pack, packed_size, unpack
 from ..layers.refinement import KeyRefinement
-from ..vit.models import MergeConfig
+from ..vit.config import MergeConfig
 from ..vit.patch import apply
 
 __all__ = ["backbone_hash", "import_authors", "import_petl_vit", "load", "save"]

@@ -11,11 +11,12 @@ from transformers.models.clip import modeling_clip
 from transformers.models.siglip import modeling_siglip
 from transformers.models.vit import modeling_vit
 
+from ..layers.swapping import Foreign
 from ..vit.attention import attend
 from ..vit.merging import SizeBias
 
 
-def _weighed_attention(
+def weighed_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, sizes: SizeBias | None, how: str, dropout: nn.Dropout | None
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(scale · q kᵀ + log size) v, (B, heads, N, C); and the weights, where ``how`` is "eager"."""
@@ -31,12 +32,12 @@ def _weighed_attention(
     return weights @ v, weights
 
 
-def _heads(t: Tensor, width: int) -> Tensor:
+def split_heads(t: Tensor, width: int) -> Tensor:
     """(B, heads, N, width) view of (B, N, heads · width)."""
     return t.unflatten(-1, (-1, width)).transpose(1, 2)
 
 
-class _Sized(nn.Module):
+class _Sized(Foreign):
     """transformers' attention, which does its own work where nothing is asked for that it can't do.
 
     Keyword arguments on top: sizes, for proportional attention; with_key, to return the key too; attention, "eager" or
@@ -51,7 +52,7 @@ class _Sized(nn.Module):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         how = attention or self.config._attn_implementation
         q, k, v = self._qkv(hidden_states)
-        out, weights = _weighed_attention(
+        out, weights = weighed_attention(
             q, k, v, scale=q.shape[-1] ** -0.5, sizes=sizes, how=how, dropout=self._dropout()
         )  # fmt: skip
         out = self._project(out.transpose(1, 2).flatten(2))
@@ -59,7 +60,8 @@ class _Sized(nn.Module):
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v: (B, heads, N, C)."""
-        return tuple(_heads(layer(x), self.head_dim) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (split_heads(layer(x), self.head_dim) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return q, k, v
 
     def _project(self, x: Tensor) -> Tensor:
         return self.out_proj(x)
@@ -103,7 +105,8 @@ class FPETViTAttention(_Sized, _VIT_ATTENTION):
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if hasattr(self, "query"):
-            return tuple(_heads(layer(x), self.attention_head_size) for layer in (self.query, self.key, self.value))
+            q, k, v = (split_heads(layer(x), self.attention_head_size) for layer in (self.query, self.key, self.value))
+            return q, k, v
         return super()._qkv(x)
 
     def _project(self, x: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.models.blip import modeling_blip, modeling_blip_text
 
 from ..vit.merging import SizeBias
-from .attention import _heads, _weighed_attention
-from .encoders import _flag, _MergingEncoder
+from .attention import split_heads, weighed_attention
+from .encoders import MergingEncoder, asked_for
 
 __all__ = ["ImageTokens", "encode_image", "encode_text", "match_logits"]
 
@@ -48,8 +48,12 @@ class FPETBlipCrossAttention(modeling_blip_text.BlipTextSelfAttention):
             return super().forward(hidden_states, *args, **kwargs)
         tokens, log_size = packed[..., :-1].to(hidden_states.dtype), packed[..., -1]
         width = self.attention_head_size
-        q, k, v = _heads(self.query(hidden_states), width), _heads(self.key(tokens), width), _heads(self.value(tokens), width)
-        out, weights = _weighed_attention(
+        q, k, v = (
+            split_heads(self.query(hidden_states), width),
+            split_heads(self.key(tokens), width),
+            split_heads(self.value(tokens), width),
+        )
+        out, weights = weighed_attention(
             q, k, v, scale=1 / math.sqrt(width), sizes=SizeBias(log_size, "mask"), how=self.fpet_attention or "eager",
             dropout=self.dropout,
         )  # fmt: skip
@@ -80,7 +84,7 @@ class FPETBlipForImageTextRetrieval(modeling_blip.BlipForImageTextRetrieval):
             itm_score=scores, last_hidden_state=vision.last_hidden_state.gather(1, source),
             hidden_states=vision.hidden_states, attentions=vision.attentions, question_embeds=text,
         )  # fmt: skip
-        return output if _flag(return_dict, self.config, "return_dict", True) else output.to_tuple()
+        return output if asked_for(return_dict, self.config, "return_dict", True) else output.to_tuple()
 
 
 def _image_tokens(encoder: Any, output: Any) -> ImageTokens:
@@ -106,22 +110,24 @@ def encode_image(model: nn.Module, pixel_values: Tensor, **options: Any) -> tupl
     Args:
         model: a BlipForImageTextRetrieval, patched or not. options: of its vision encoder, as interpolate_pos_encoding.
     """
-    encoder: Any = _retrieval_model(model).vision_model
-    if isinstance(encoder, _MergingEncoder):
+    whole = _retrieval_model(model)
+    encoder = whole.vision_model
+    if isinstance(encoder, MergingEncoder):
         options["keep_merged"] = True
     image = _image_tokens(encoder, encoder(pixel_values, return_dict=True, **options))
-    return image, F.normalize(model.vision_proj(image.tokens[:, 0]), dim=-1)
+    return image, F.normalize(whole.vision_proj(image.tokens[:, 0]), dim=-1)
 
 
 def encode_text(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Normalised features (B, E) of (B, L) token ids, without cross-attention."""
-    states = _text_states(_retrieval_model(model), input_ids, attention_mask)
-    return F.normalize(model.text_proj(states[:, 0]), dim=-1)
+    whole = _retrieval_model(model)
+    return F.normalize(whole.text_proj(_text_states(whole, input_ids, attention_mask)[:, 0]), dim=-1)
 
 
 def match_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, image: ImageTokens) -> Tensor:
     """(B, 2): does the text not match, does it match the image of the same row."""
-    return model.itm_head(_text_states(_retrieval_model(model), input_ids, attention_mask, image)[:, 0])
+    whole = _retrieval_model(model)
+    return whole.itm_head(_text_states(whole, input_ids, attention_mask, image)[:, 0])
 
 
 def _retrieval_model(model: nn.Module) -> Any:

@@ -15,8 +15,9 @@ from transformers.models.vit import modeling_vit
 
 from fpet_kernels import Split
 
+from ..layers.swapping import Foreign
+from ..vit.config import MergeConfig
 from ..vit.merging import MergeStep, SizeBias, merge_splits, unmerge
-from ..vit.models import MergeConfig
 
 __all__ = ["MergedOutput", "VisionMergeConfig", "vision_layers"]
 
@@ -55,7 +56,7 @@ class _LayerCall(NamedTuple):
     config: VisionMergeConfig
 
 
-class _MergingLayer(nn.Module):
+class _MergingLayer(Foreign):
     """A pre-norm layer that merges between its attention's residual and its MLP.
 
     It honours two slots that others set: ``refinement``, a KeyRefinement that corrects the key; ``adapter``, a pair of a
@@ -112,7 +113,7 @@ class FPETViTLayer(_MergingLayer, modeling_vit.ViTLayer):
     def _attention_branch(
         self, x: Tensor, sizes: SizeBias | None, with_key: bool, how: str | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        attention: Any = _attention_of(self)
+        attention: Any = attention_of(self)
         out, weights, *key = attention(self.layernorm_before(x), sizes=sizes, with_key=with_key, attention=how)
         out = self.dropout(out) if attention is self.attention else self.attention.output(out, out)
         return out, weights, key[0] if key else None
@@ -143,7 +144,7 @@ class _Encoded(NamedTuple):
         return unmerge(x, self.splits, self.matches, self.num_prefix_tokens)
 
 
-class _MergingEncoder(nn.Module):
+class MergingEncoder(Foreign):
     """The loop over the layers of a vision encoder, and what becomes of merged tokens after it."""
 
     fpet_config: VisionMergeConfig
@@ -163,8 +164,8 @@ class _MergingEncoder(nn.Module):
         options = {name: value for name, value in options.items() if value is not None}
         if unknown := options.keys() - self._options:
             raise TypeError(f"{type(self).__name__}: merging does not support the arguments {sorted(unknown)}")
-        trace = _flag(output_hidden_states, self.config, "output_hidden_states")
-        attentions = _flag(output_attentions, self.config, "output_attentions")
+        trace = asked_for(output_hidden_states, self.config, "output_hidden_states")
+        attentions = asked_for(output_attentions, self.config, "output_attentions")
         options["interpolate_pos_encoding"] = bool(interpolate_pos_encoding)
         encoded = self._encode(pixel_values, trace, attentions, options)
         tokens = self._final_norm(encoded.x)
@@ -177,7 +178,7 @@ class _MergingEncoder(nn.Module):
         else:
             output = BaseModelOutputWithPooling(encoded.unmerge(tokens), self._pool(tokens, encoded.size))
         output.hidden_states, output.attentions = encoded.hidden_states, encoded.attentions
-        return output if _flag(return_dict, self.config, "return_dict", True) else output.to_tuple()
+        return output if asked_for(return_dict, self.config, "return_dict", True) else output.to_tuple()
 
     def _encode(self, pixel_values: Tensor, trace: bool, attentions: bool, options: dict[str, Any]) -> _Encoded:
         config, layers = self.fpet_config, vision_layers(self)
@@ -228,7 +229,7 @@ class _MergingEncoder(nn.Module):
         raise NotImplementedError
 
 
-class FPETBlipVisionModel(_MergingEncoder, modeling_blip.BlipVisionModel):
+class FPETBlipVisionModel(MergingEncoder, modeling_blip.BlipVisionModel):
     """BLIP's vision encoder."""
 
     def _pool(self, tokens: Tensor, size: Tensor | None) -> Tensor:
@@ -240,7 +241,7 @@ _CLIP_VISION: Any = getattr(modeling_clip, "CLIPVisionTransformer", modeling_cli
 _SIGLIP_VISION: Any = getattr(modeling_siglip, "SiglipVisionTransformer", modeling_siglip.SiglipVisionModel)
 
 
-class FPETCLIPVisionModel(_MergingEncoder, _CLIP_VISION):
+class FPETCLIPVisionModel(MergingEncoder, _CLIP_VISION):
     """CLIP's vision encoder; ``last_hidden_state`` is not normed, as in transformers."""
 
     def _embed(self, pixel_values: Tensor, **options: Any) -> Tensor:
@@ -253,7 +254,7 @@ class FPETCLIPVisionModel(_MergingEncoder, _CLIP_VISION):
         return self.post_layernorm(tokens[:, 0])
 
 
-class FPETSiglipVisionModel(_MergingEncoder, _SIGLIP_VISION):
+class FPETSiglipVisionModel(MergingEncoder, _SIGLIP_VISION):
     """SigLIP's vision encoder: no class token, pooled by attention."""
 
     def _pool(self, tokens: Tensor, size: Tensor | None) -> Tensor | None:
@@ -268,7 +269,7 @@ class FPETSiglipVisionModel(_MergingEncoder, _SIGLIP_VISION):
         return (pooled + head.mlp(head.layernorm(pooled)))[:, 0]
 
 
-class FPETViTModel(_MergingEncoder, modeling_vit.ViTModel):
+class FPETViTModel(MergingEncoder, modeling_vit.ViTModel):
     """ViT."""
 
     _options = frozenset({"bool_masked_pos"})
@@ -295,7 +296,7 @@ if _SIGLIP_VISION is not modeling_siglip.SiglipVisionModel:
             return self.vision_model(pixel_values, **options)
 
 
-def _flag(value: Any, config: Any, name: str, default: bool = False) -> bool:
+def asked_for(value: Any, config: Any, name: str, default: bool = False) -> bool:
     """What was asked for, or the model's setting; a list of layers, which transformers 5 allows, asks for all."""
     value = getattr(config, name, default) if value is None else value
     return value is not None and value is not False
@@ -312,7 +313,7 @@ def vision_layers(encoder: Any) -> list[Any]:
     return list(encoder.encoder.layer if hasattr(encoder.encoder, "layer") else encoder.encoder.layers)
 
 
-def _attention_of(layer: Any) -> Any:
+def attention_of(layer: Any) -> Any:
     """The module that has q, k and v."""
     if hasattr(layer, "self_attn"):
         return layer.self_attn

@@ -11,10 +11,11 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.models.blip import modeling_blip
 
+from ..layers.swapping import ClassSwap
+from ..vit.config import attention_form, check_layers, check_similarity, new_refinements, set_refinements
 from ..vit.merging import merge_splits
 from ..vit.models import MergedFeatures
-from ..vit.patch import _check_layers, _check_refinement
-from . import encoders as _encoders
+from . import encoders
 from .attention import FPETBlipAttention, FPETCLIPAttention, FPETSiglipAttention, FPETViTAttention
 from .blip import FPETBlipCrossAttention, FPETBlipForImageTextRetrieval
 from .encoders import (
@@ -26,43 +27,29 @@ from .encoders import (
     FPETSiglipVisionModel,
     FPETViTLayer,
     FPETViTModel,
+    MergingEncoder,
     VisionMergeConfig,
-    _attention_of,
-    _MergingEncoder,
+    attention_of,
     vision_layers,
 )
 
 __all__ = ["apply", "convert", "find_vision_encoder", "merged_features", "remove", "restore"]
 
 
-_FORMS = ("auto", "mask", "column")
-_ATTENTIONS = ("eager", "sdpa")
+_IMPLEMENTATIONS = ("eager", "sdpa")
 
 
-def _original(ours: type[nn.Module]) -> type[nn.Module]:
-    return ours.__bases__[-1]
+ENCODERS = ClassSwap(FPETBlipVisionModel, FPETCLIPVisionModel, FPETSiglipVisionModel, FPETViTModel)
+"""transformers' vision encoders and the classes that take over."""
 
-
-ENCODERS: dict[type[nn.Module], type[nn.Module]] = {
-    _original(cls): cls for cls in (FPETBlipVisionModel, FPETCLIPVisionModel, FPETSiglipVisionModel, FPETViTModel)
-}
-"""The class that takes over, for each of transformers' vision encoders."""
-
-_INNER: dict[type[nn.Module], type[nn.Module]] = {
-    _original(cls): cls
-    for cls in (
-        FPETBlipEncoderLayer, FPETCLIPEncoderLayer, FPETSiglipEncoderLayer, FPETViTLayer,
-        FPETBlipAttention, FPETCLIPAttention, FPETSiglipAttention, FPETViTAttention,
-        FPETBlipCrossAttention,
-    )
-}  # fmt: skip
-_HOLDERS: dict[type[nn.Module], type[nn.Module]] = {
-    _original(cls): cls
-    for cls in (FPETBlipForImageTextRetrieval, getattr(_encoders, "FPETSiglipVisionShell", None))
-    if cls is not None
-}
-_BACK = {ours: theirs for theirs, ours in (ENCODERS | _INNER | _HOLDERS).items()}
-for _ours, _theirs in _BACK.items():
+_INNER = ClassSwap(
+    FPETBlipEncoderLayer, FPETCLIPEncoderLayer, FPETSiglipEncoderLayer, FPETViTLayer,
+    FPETBlipAttention, FPETCLIPAttention, FPETSiglipAttention, FPETViTAttention,
+)  # fmt: skip
+_SHELL = getattr(encoders, "FPETSiglipVisionShell", None)  # transformers 4 alone has one
+_HOLDERS = ClassSwap(FPETBlipForImageTextRetrieval, *(() if _SHELL is None else (_SHELL,)))
+_CROSS = ClassSwap(FPETBlipCrossAttention)
+for _theirs, _ours in (ENCODERS | _HOLDERS).pairs():
     if issubclass(_ours, PreTrainedModel):
         _ours.__name__ = _theirs.__name__  # save_pretrained writes it into config.json; pickle goes by __qualname__
 
@@ -92,28 +79,21 @@ def apply(
             argument's value. Nothing is changed then.
     """
     encoder: Any = find_vision_encoder(model)
-    form = "auto" if proportional_attention is True else proportional_attention or None
-    if form is not None and form not in _FORMS:
-        raise ValueError(f"proportional_attention: expected True, False, 'mask' or 'column', got {proportional_attention!r}")
-    if similarity not in ("cosine", "dot"):
-        raise ValueError(f"similarity: expected 'cosine' or 'dot', got {similarity!r}")
-    if attention is not None and attention not in _ATTENTIONS:
+    form = attention_form(proportional_attention)
+    check_similarity(similarity)
+    if attention is not None and attention not in _IMPLEMENTATIONS:
         raise ValueError(f"attention: expected 'eager', 'sdpa' or None, got {attention!r}")
-    layers = _check_layers(layer, len(vision_layers(encoder)))
+    layers = check_layers(layer, len(vision_layers(encoder)))
     _check_structure(encoder, layers, attention)
-    modules = _check_refinement(refinement, layers, vision_layers(encoder), _key_channels)
+    modules = new_refinements(refinement, layers, vision_layers(encoder), _key_channels)
     if modules and isinstance(encoder, FSDPModule):
         raise TypeError("model: it is sharded and takes no new parameters; call fpet.huggingface.apply before fully_shard")
 
     convert(encoder)
-    encoder.fpet_config = VisionMergeConfig(layers, form, similarity, backend, attention)  # type: ignore[arg-type]
-    for i, block in enumerate(vision_layers(encoder)):
-        if i in modules:
-            block.refinement = modules[i]
-        elif refinement is False and getattr(block, "refinement", None) is not None:
-            del block.refinement
+    encoder.fpet_config = VisionMergeConfig(layers, form, similarity, backend, attention)
+    set_refinements(vision_layers(encoder), modules, others=refinement is not False)
     for module in _around(model, encoder):
-        module.__class__ = (_INNER | _HOLDERS).get(type(module), type(module))
+        (_HOLDERS | _CROSS).swap(module)
         if isinstance(module, FPETBlipCrossAttention):
             module.fpet_attention = attention
     return model
@@ -124,17 +104,15 @@ def remove(model: nn.Module) -> nn.Module:
 
     With adapters in the encoder's layers (:func:`fpet.retrieval.uniadapter.add_uniadapters`) these stay, and nothing is merged.
     """
-    encoder: Any = next((m for m in model.modules() if isinstance(m, _MergingEncoder)), None)
+    encoder: Any = next((m for m in model.modules() if isinstance(m, MergingEncoder)), None)
     if encoder is None:
         return model
-    if type(encoder) not in _BACK:
+    if not ENCODERS.known(encoder):
         raise TypeError(f"model: {type(encoder).__name__} was wrapped after fpet.huggingface.apply; remove before wrapping")
-    for block in vision_layers(encoder):
-        if getattr(block, "refinement", None) is not None:
-            del block.refinement
+    set_refinements(vision_layers(encoder), {}, others=False)
     for module in _around(model, encoder):
         module.__dict__.pop("fpet_attention", None)
-        module.__class__ = _BACK.get(type(module), type(module))
+        (_HOLDERS | _CROSS).restore(module)
     encoder.fpet_config = VisionMergeConfig()
     restore(encoder)
     return model
@@ -145,7 +123,7 @@ def convert(encoder: Any) -> None:
     for module in _parts(encoder):
         # transformers 4 leaves a module's own forward behind on the instance once it has recorded hidden states.
         module.__dict__.pop("forward", None)
-        module.__class__ = (ENCODERS | _INNER).get(type(module), type(module))
+        (ENCODERS | _INNER).swap(module)
     if not hasattr(encoder, "fpet_config"):
         encoder.fpet_config = VisionMergeConfig()
 
@@ -158,7 +136,7 @@ def restore(encoder: Any) -> None:
         return
     for module in _parts(encoder):
         module.__dict__.pop("forward", None)
-        module.__class__ = _BACK.get(type(module), type(module))
+        (ENCODERS | _INNER).restore(module)
     del encoder.fpet_config
 
 
@@ -168,7 +146,7 @@ def merged_features(model: nn.Module, pixel_values: Tensor, **options: Any) -> M
     Raises:
         TypeError: the model is not patched.
     """
-    encoder: Any = next((m for m in model.modules() if isinstance(m, _MergingEncoder)), None)
+    encoder: Any = next((m for m in model.modules() if isinstance(m, MergingEncoder)), None)
     if encoder is None:
         raise TypeError(f"model: expected one patched by fpet.huggingface.apply, got {type(model).__name__}")
     output = encoder(pixel_values, keep_merged=True, return_dict=True, **options)
@@ -183,30 +161,29 @@ def find_vision_encoder(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, (DistributedDataParallel, DataParallel)):
         raise TypeError(f"model: expected an unwrapped model, got {type(model).__name__}; patch it before wrapping")
-    found = [m for m in model.modules() if type(m) in ENCODERS or isinstance(m, _MergingEncoder)]
+    found = [m for m in model.modules() if ENCODERS.known(m) or isinstance(m, MergingEncoder)]
     if len(found) == 1:
         return found[0]
     name = type(model).__name__
     if found:
         raise TypeError(f"model: {name} holds {len(found)} vision encoders; call fpet.huggingface.apply on each")
     for module in model.modules():
-        if (base := next((cls for cls in type(module).__mro__[1:] if cls in ENCODERS), None)) is not None:
+        if (base := ENCODERS.base_of(type(module))) is not None:
             what = f"{type(module).__name__} is a subclass of {base.__name__}, and what it changes there is unknown"
             raise TypeError(f"model: {name} can't be merged: {what}")
-    known = ", ".join(cls.__name__ for cls in ENCODERS)
-    raise TypeError(f"model: {name} can't be merged: no knowledge of a vision encoder in it; known are {known}")
+    raise TypeError(f"model: {name} can't be merged: no knowledge of a vision encoder in it; known are {ENCODERS.names()}")
 
 
 def _parts(encoder: Any) -> list[nn.Module]:
     blocks = vision_layers(encoder)
-    return [encoder, *blocks, *(_attention_of(block) for block in blocks)]
+    return [encoder, *blocks, *(attention_of(block) for block in blocks)]
 
 
 def _around(model: nn.Module, encoder: nn.Module) -> list[nn.Module]:
     """What else in ``model`` has to know that ``encoder`` merges: the model it belongs to, and BLIP's cross-attentions."""
     found: list[nn.Module] = []
     for holder in model.modules():
-        if (type(holder) in _HOLDERS or type(holder) in _HOLDERS.values()) and holder.vision_model is encoder:
+        if _HOLDERS.known(holder) and holder.vision_model is encoder:
             found.append(holder)
             if isinstance(holder, modeling_blip.BlipForImageTextRetrieval):
                 blocks = holder.text_encoder.encoder.layer
@@ -217,14 +194,14 @@ def _around(model: nn.Module, encoder: nn.Module) -> list[nn.Module]:
 def _check_structure(encoder: Any, layers: tuple[int, ...], attention: str | None) -> None:
     name = type(encoder).__name__
     for part in _parts(encoder):
-        if type(part) not in ENCODERS and type(part) not in _INNER and type(part) not in _BACK:
+        if not (ENCODERS | _INNER).known(part):
             raise TypeError(f"model: {name} can't be merged: no knowledge of {type(part).__name__}")
         own = part.__dict__.get("forward")
         if own is not None and getattr(own, "__func__", None) is not type(part).forward:
             what = f"the forward of its {type(part).__name__} was replaced, as accelerate's device_map does"
             raise TypeError(f"model: {name} can't be merged: {what}; call fpet.huggingface.apply before that")
     how = attention or encoder.config._attn_implementation
-    if how not in _ATTENTIONS:
+    if how not in _IMPLEMENTATIONS:
         raise TypeError(
             f"model: {name} attends by {how!r}, which can't weigh tokens by size; expected 'eager' or 'sdpa': load it with "
             f"attn_implementation='sdpa', or give attention='sdpa'"
@@ -243,5 +220,5 @@ def _configured_grid(encoder: Any) -> tuple[int, int]:
 
 
 def _key_channels(block: Any) -> int:
-    inner = _attention_of(block)
+    inner = attention_of(block)
     return inner.head_dim if hasattr(inner, "head_dim") else inner.attention_head_size

@@ -1,7 +1,7 @@
 """timm's attention modules with three more things: token sizes, the key that merging needs, and LoRA on q and v.
 
-Each class below replaces the timm class it derives from on an existing module (``module.__class__ = ...``): same parameters,
-same names, same result while nothing is merged.
+Each class below takes over from the timm class it derives from on an existing module: same parameters, same names, same
+result while nothing is merged.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from timm.models.eva import EvaAttention
 from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 
+from ..layers.swapping import ClassSwap, Foreign
 from .merging import SizeBias
 
-__all__ = ["ATTENTIONS", "attend"]
+__all__ = ["TIMM_ATTENTIONS", "attend"]
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -129,7 +130,7 @@ def _heads(t: Tensor, heads: int) -> Tensor:
     return t.reshape(t.shape[0], t.shape[1], heads, -1).transpose(1, 2)
 
 
-class _SizedAttention(nn.Module):
+class _SizedAttention(Foreign):
     """What the classes below share. Keyword arguments on top of timm's, the same everywhere:
 
     - sizes: :class:`SizeBias` or None.
@@ -304,10 +305,7 @@ class FPETRelPosAttention(_SizedAttention, RelPosAttention):
         return (out, k) if with_key else out
 
 
-ATTENTIONS: dict[type[nn.Module], type[nn.Module]] = {
-    cls.__bases__[-1]: cls
-    for cls in (
-        FPETAttention, FPETAttentionRope, FPETEvaAttention, FPETDiffAttention, FPETBeitAttention, FPETRelPosAttention,
-    )
-}  # fmt: skip
-"""The class that takes over, for each of timm's attention classes."""
+TIMM_ATTENTIONS = ClassSwap(
+    FPETAttention, FPETAttentionRope, FPETEvaAttention, FPETDiffAttention, FPETBeitAttention, FPETRelPosAttention
+)
+"""timm's attentions and the classes that take over."""

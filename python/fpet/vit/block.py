@@ -30,20 +30,21 @@ from torch import Tensor, nn
 
 from fpet_kernels import Merged
 
-from .attention import ATTENTIONS, attend
+from ..layers.swapping import ClassSwap, Foreign
+from .attention import TIMM_ATTENTIONS, attend
 from .merging import MergeStep, SizeBias
 
 __all__ = ["convert", "is_converted", "key_channels", "restore", "why_not"]
 
 
-class _MergingBlock(nn.Module):
+class _MergingBlock(Foreign):
     """The order of things in a block. Keyword arguments on top of timm's, the same everywhere:
 
     - sizes, kept: for the attention, see :mod:`fpet.vit.attention`.
     - merge: a :class:`MergeStep`. The block then returns :class:`fpet_kernels.Merged` instead of its tokens alone.
     """
 
-    def _attention_branch(self, x: Tensor, **attention: Any) -> tuple[Tensor, Tensor | None]:
+    def _attention_branch(self, x: Tensor, **attention: Any) -> tuple[Tensor, Any]:
         """What attention adds to x (B, N, D); and the key, where ``with_key`` asks for it."""
         raise NotImplementedError
 
@@ -165,7 +166,7 @@ class FPETParallelThingsBlock(_MaskedForward, ParallelThingsBlock):
     """timm's block of parallel attentions, then parallel MLPs. The key is the mean over all attentions and heads."""
 
     def _attention_branch(self, x: Tensor, with_key: bool = False, **attention: Any) -> tuple[Tensor, Tensor | None]:
-        outs, keys = [], []
+        outs, keys = [], list[Any]()
         for branch in self.attns:
             out, key = _with_key(branch.attn(branch.norm(x), with_key=with_key, **attention), with_key)
             outs.append(branch.drop_path(branch.ls(out)))
@@ -225,19 +226,16 @@ class FPETDiffParallelScalingBlock(_ParallelScaling, DiffParallelScalingBlock):
         return out.transpose(1, 2).reshape(x.shape), k
 
 
-BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
-    cls.__bases__[-1]: cls
-    for cls in (
-        FPETBlock, FPETResPostBlock, FPETEvaBlock, FPETEvaBlockPostNorm, FPETRelPosBlock, FPETResPostRelPosBlock,
-        FPETBeitBlock, FPETParallelThingsBlock, FPETParallelScalingBlock, FPETDiffParallelScalingBlock,
-    )
-}  # fmt: skip
-"""The class that takes over, for each of timm's block classes."""
+TIMM_BLOCKS = ClassSwap(
+    FPETBlock, FPETResPostBlock, FPETEvaBlock, FPETEvaBlockPostNorm, FPETRelPosBlock, FPETResPostRelPosBlock, FPETBeitBlock,
+    FPETParallelThingsBlock, FPETParallelScalingBlock, FPETDiffParallelScalingBlock,
+)  # fmt: skip
+"""timm's blocks and the classes that take over."""
 
-_ORIGINALS = {ours: theirs for theirs, ours in (BLOCKS | ATTENTIONS).items()}
+_SWAP = TIMM_BLOCKS | TIMM_ATTENTIONS
 
 
-def _attentions(block: nn.Module) -> list[nn.Module]:
+def _attentions(block: Any) -> list[nn.Module]:
     """The attention modules of a block: one, or several in parallel, or none where the block does it itself."""
     if isinstance(block, ParallelThingsBlock):
         return [branch.attn for branch in block.attns]
@@ -251,10 +249,10 @@ def is_converted(block: nn.Module) -> bool:
 
 def why_not(block: nn.Module) -> str | None:
     """Why ``block`` can't be converted; None if it can, or has been."""
-    if type(block) not in BLOCKS and not is_converted(block):
+    if not TIMM_BLOCKS.known(block) and not is_converted(block):
         return f"no knowledge of its block class {_full_name(block)}"
     for attention in _attentions(block):
-        if type(attention) not in ATTENTIONS and type(attention) not in _ORIGINALS:
+        if not TIMM_ATTENTIONS.known(attention):
             return f"no knowledge of its attention class {_full_name(attention)}"
     return None
 
@@ -270,9 +268,9 @@ def convert(block: nn.Module) -> nn.Module:
         TypeError: the block or its attention is of no class known here; nothing is changed.
     """
     if (reason := why_not(block)) is not None:
-        raise TypeError(f"block: {reason}; known are {', '.join(sorted(cls.__name__ for cls in BLOCKS))}")
+        raise TypeError(f"block: {reason}; known are {TIMM_BLOCKS.names()}")
     for module in (block, *_attentions(block)):
-        module.__class__ = BLOCKS.get(type(module)) or ATTENTIONS.get(type(module)) or type(module)
+        _SWAP.swap(module)
     return block
 
 
@@ -286,13 +284,13 @@ def restore(block: nn.Module) -> nn.Module:
     )
     if not in_use:
         for module in (block, *attentions):
-            module.__class__ = _ORIGINALS.get(type(module), type(module))
+            _SWAP.restore(module)
     return block
 
 
-def key_channels(block: nn.Module) -> int:
+def key_channels(block: Any) -> int:
     """Width of the key that ``block`` merges by: that of one head."""
-    holder = next(iter(_attentions(block)), block)
+    holder: Any = next(iter(_attentions(block)), block)
     if isinstance(getattr(holder, "head_dim", None), int):
         return holder.head_dim
     return holder.qkv.out_features // (3 * holder.num_heads)  # BEiT keeps no record of it

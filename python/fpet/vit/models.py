@@ -1,14 +1,13 @@
 """timm's vision transformers with a forward that merges tokens on the way through the blocks.
 
-Each class below replaces the timm class it derives from on an existing model (``model.__class__ = ...``). Token sizes, matches
-and tables of positions are local variables of one forward: nothing is left behind on a module, so gradient checkpointing
-recomputes the same values, two threads may share a model, and no call sees what an earlier one did.
+Each class below takes over from the timm class it derives from on an existing model. Token sizes, matches and tables of
+positions are local variables of one forward: nothing is left behind on a module, so gradient checkpointing recomputes the same
+values, two threads may share a model, and no call sees what an earlier one did.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,26 +23,11 @@ from torch import Tensor, nn
 
 from fpet_kernels import Split
 
+from ..layers.swapping import ClassSwap, Foreign
+from .config import MergeConfig
 from .merging import MergeStep, SizeBias, kept_positions, merge_splits, pool_by_size, unmerge
 
-__all__ = ["MODELS", "MergeConfig", "MergedFeatures", "merged_features"]
-
-
-@dataclass(frozen=True)
-class MergeConfig:
-    """Where and how a model merges; on a patched model as ``model.fpet_config``.
-
-    Attributes:
-        layers: 0-based blocks that merge, increasing.
-        proportional_attention: None for ordinary attention; else the form, "auto", "mask" or "column".
-        similarity: "cosine" or "dot".
-        backend: of :func:`fpet_kernels.bdm_merge`; None takes the best.
-    """
-
-    layers: tuple[int, ...] = ()
-    proportional_attention: str | None = "auto"
-    similarity: str = "cosine"
-    backend: str | None = None
+__all__ = ["TIMM_MODELS", "Encoded", "MergedFeatures", "MergingModel", "merged_features"]
 
 
 class MergedFeatures(NamedTuple):
@@ -69,7 +53,7 @@ class _Embedded(NamedTuple):
     rel_pos: tuple[str, Tensor | None] | None = None
 
 
-class _Encoded(NamedTuple):
+class Encoded(NamedTuple):
     """Output of the blocks: (B, M, D), its sizes (None where nothing is merged) and how to undo the merging."""
 
     x: Tensor
@@ -84,7 +68,7 @@ class _Encoded(NamedTuple):
         return unmerge(x, self.splits, self.matches, self.num_prefix_tokens)
 
 
-class _MergingModel(nn.Module):
+class MergingModel(Foreign):
     """The loop over the blocks, and what becomes of merged tokens after it."""
 
     fpet_config: MergeConfig
@@ -103,7 +87,7 @@ class _MergingModel(nn.Module):
     def _encode(
         self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *,
         take: tuple[int, ...] | list[int] = (), normed: bool = False, depth: int | None = None,
-    ) -> _Encoded:  # fmt: skip
+    ) -> Encoded:  # fmt: skip
         """Runs the blocks; those in ``take`` leave their output, normed and unmerged, in ``intermediates``."""
         config, blocks = self.fpet_config, list(self.blocks)[:depth]
         embedded = self._embed(images)
@@ -140,7 +124,7 @@ class _MergingModel(nn.Module):
                     mask = _select(attn_mask, kept)
             if i in take:
                 intermediates.append(unmerge(self.norm(x) if normed else x, splits, matches, prefix))
-        return _Encoded(x, size, splits, matches, prefix, intermediates)
+        return Encoded(x, size, splits, matches, prefix, intermediates)
 
     def _call(
         self, block: nn.Module, x: Tensor, attention: dict[str, Any], sizes: SizeBias | None, kept: Tensor | None,
@@ -160,7 +144,7 @@ class _MergingModel(nn.Module):
             return checkpoint(run, x, log_size, size)
         return run(x, log_size, size)
 
-    def _classify(self, encoded: _Encoded) -> Any:
+    def _classify(self, encoded: Encoded) -> Any:
         """timm's head on merged tokens, each counted as often as it stands for an original one."""
         x, size, pool = self.norm(encoded.x), encoded.size, self.global_pool
         attn_pool = getattr(self, "attn_pool", None)
@@ -178,7 +162,7 @@ class _MergingModel(nn.Module):
             return self.forward_head(encoded.unmerge(x))
         return self.head(self.head_drop(self.fc_norm(x)))
 
-    def _features(self, encoded: _Encoded) -> Tensor:
+    def _features(self, encoded: Encoded) -> Tensor:
         """(B, N, D) as timm's forward_features returns them: pooling over these weighs merged tokens by their size."""
         return encoded.unmerge(self.norm(encoded.x))
 
@@ -209,7 +193,7 @@ class _MergingModel(nn.Module):
         return found if intermediates_only else (self._features(encoded), found)
 
 
-class _MaskedModel(_MergingModel):
+class _MaskedModel(MergingModel):
     """Models whose methods take an attention mask, (…, N, N) over the tokens as they come into the first block.
 
     After a merge a token keeps the row and the column of the destination it was merged into.
@@ -224,7 +208,7 @@ class _MaskedModel(_MergingModel):
         return self._classify(self._encode(x, attn_mask, is_causal))
 
 
-class _PlainModel(_MergingModel):
+class _PlainModel(MergingModel):
     _masks = False
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -261,7 +245,7 @@ class FPETVisionTransformer(_MaskedModel, VisionTransformer):
 class FPETVisionTransformerDistilled(FPETVisionTransformer, VisionTransformerDistilled):
     """timm's VisionTransformerDistilled: class and distillation token are both prefix tokens."""
 
-    def _classify(self, encoded: _Encoded) -> Any:
+    def _classify(self, encoded: Encoded) -> Any:
         return self.forward_head(self.norm(encoded.x))  # reads the two prefix tokens
 
 
@@ -317,14 +301,8 @@ class FPETVisionTransformerRelPos(_PlainModel, VisionTransformerRelPos):
         return _Embedded(x, grid, rel_pos=("shared_rel_pos", shared))
 
 
-MODELS: dict[type[nn.Module], type[nn.Module]] = {
-    VisionTransformer: FPETVisionTransformer,
-    VisionTransformerDistilled: FPETVisionTransformerDistilled,
-    Eva: FPETEva,
-    Beit: FPETBeit,
-    VisionTransformerRelPos: FPETVisionTransformerRelPos,
-}
-"""The class that takes over, for each of timm's model classes."""
+TIMM_MODELS = ClassSwap(FPETVisionTransformer, FPETVisionTransformerDistilled, FPETEva, FPETBeit, FPETVisionTransformerRelPos)
+"""timm's models and the classes that take over."""
 
 
 def _select(attn_mask: Tensor, kept: Tensor) -> Tensor:
@@ -345,7 +323,7 @@ def merged_features(model: nn.Module, images: Tensor) -> MergedFeatures:
     Raises:
         TypeError: the model is not patched.
     """
-    inner = next((m for m in model.modules() if isinstance(m, _MergingModel)), None)
+    inner = next((m for m in model.modules() if isinstance(m, MergingModel)), None)
     if inner is None:
         raise TypeError(f"model: expected a model patched by fpet.apply, got {type(model).__name__}")
     encoded = inner._encode(images)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,12 +12,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .block import convert, key_channels, restore, why_not
+from .config import MergeConfig, attention_form, check_layers, check_similarity, new_refinements, set_refinements
 from .merging import merge_splits
-from .models import MODELS, MergeConfig, _MergingModel
+from .models import TIMM_MODELS, MergingModel
 
 __all__ = ["apply", "find_model", "merged", "remove"]
-
-_FORMS = ("auto", "mask", "column")
 
 _REASONS = {
     "VisionTransformerSAM": "its blocks attend within windows, which need the whole grid",
@@ -65,21 +64,15 @@ def apply(
             value. Nothing is changed then.
     """
     inner: Any = find_model(model)
-    layers = _check_layers(layer, len(inner.blocks))
-    if proportional_attention is True:
-        form: str | None = "auto"
-    else:
-        form = proportional_attention or None
-    if form is not None and form not in _FORMS:
-        raise ValueError(f"proportional_attention: expected True, False, 'mask' or 'column', got {proportional_attention!r}")
-    if similarity not in ("cosine", "dot"):
-        raise ValueError(f"similarity: expected 'cosine' or 'dot', got {similarity!r}")
+    layers = check_layers(layer, len(inner.blocks))
+    form = attention_form(proportional_attention)
+    check_similarity(similarity)
     if (reason := _why_not(inner)) is not None:
         raise TypeError(f"model: {type(inner).__name__} can't be merged: {reason}")
     if inner.patch_embed.grid_size is not None:  # else the images decide
         height, width = inner.patch_embed.grid_size
         merge_splits(height, width, len(layers))
-    modules = _check_refinement(refinement, layers, inner.blocks, key_channels)
+    modules = new_refinements(refinement, layers, inner.blocks, key_channels)
     if modules and isinstance(inner, FSDPModule):
         raise TypeError(
             f"model: {type(inner).__name__} is sharded and takes no new parameters; call fpet.apply before fully_shard"
@@ -88,13 +81,9 @@ def apply(
     for block in inner.blocks:
         convert(block)
         block.fpet_merging = True
-    inner.__class__ = MODELS.get(type(inner), type(inner))
+    TIMM_MODELS.swap(inner)
     inner.fpet_config = MergeConfig(layers, form, similarity, backend)
-    for i, block in enumerate(inner.blocks):
-        if i in modules:
-            block.refinement = modules[i]
-        elif refinement is False and getattr(block, "refinement", None) is not None:
-            del block.refinement
+    set_refinements(inner.blocks, modules, others=refinement is not False)
     return model
 
 
@@ -106,17 +95,15 @@ def remove(model: nn.Module) -> nn.Module:
     inner = _patched(model)
     if inner is None:
         return model
-    original = next((theirs for theirs, ours in MODELS.items() if type(inner) is ours), None)
-    if original is None:  # fully_shard made a subclass of ours
+    if not TIMM_MODELS.known(inner):  # fully_shard made a subclass of ours
         raise TypeError(
             f"model: {type(inner).__name__} was wrapped after fpet.apply; use fpet.apply(model, layer=None) to stop merging"
         )
-    inner.__class__ = original
+    TIMM_MODELS.restore(inner)
     del inner.fpet_config
+    set_refinements(inner.blocks, {}, others=False)
     for block in inner.blocks:
         block.__dict__.pop("fpet_merging", None)
-        if getattr(block, "refinement", None) is not None:
-            del block.refinement
         restore(block)
     return model
 
@@ -139,11 +126,7 @@ def merged(model: nn.Module, layer: int | Iterable[int] | None = None, **setting
         else:
             assert inner is not None
             inner.fpet_config = config
-            for i, block in enumerate(inner.blocks):
-                if before[i] is not None:
-                    block.refinement = before[i]
-                elif getattr(block, "refinement", None) is not None:
-                    del block.refinement
+            set_refinements(inner.blocks, {i: module for i, module in before.items() if module is not None}, others=False)
 
 
 def find_model(model: nn.Module) -> nn.Module:
@@ -154,75 +137,30 @@ def find_model(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, (DistributedDataParallel, DataParallel)):
         raise TypeError(f"model: expected an unwrapped model, got {type(model).__name__}; call fpet.apply before wrapping")
-    known = tuple(MODELS) + tuple(MODELS.values())
-    found = [m for m in model.modules() if type(m) in known or isinstance(m, _MergingModel)]
+    found = [m for m in model.modules() if TIMM_MODELS.known(m) or isinstance(m, MergingModel)]
     if len(found) == 1:
         return found[0]
     name = type(model).__name__
     if found:
         raise TypeError(f"model: {name} holds {len(found)} vision transformers; call fpet.apply on each")
     reason = _REASONS.get(name)
-    if reason is None and (base := next((cls for cls in type(model).__mro__[1:] if cls in MODELS), None)) is not None:
+    if reason is None and (base := TIMM_MODELS.base_of(type(model))) is not None:
         reason = f"it is a subclass of timm's {base.__name__}, and what it changes there is unknown"
         if isinstance(model, FSDPModule):
             reason = "it is sharded; call fpet.apply before fully_shard"
     if reason is None:
-        reason = f"no knowledge of it; known are {', '.join(cls.__name__ for cls in MODELS)}"
+        reason = f"no knowledge of it; known are {TIMM_MODELS.names()}"
     raise TypeError(f"model: {name} can't be merged: {reason}")
 
 
 def _patched(model: nn.Module) -> Any:
-    return next((m for m in model.modules() if isinstance(m, _MergingModel)), None)
+    return next((m for m in model.modules() if isinstance(m, MergingModel)), None)
 
 
-def _why_not(inner: nn.Module) -> str | None:
+def _why_not(inner: Any) -> str | None:
     if isinstance(getattr(inner, "patch_drop", None), (PatchDropout, PatchDropoutWithIndices)):
         return "patch dropout leaves no grid to merge on; build it with patch_drop_rate=0"
     for i, block in enumerate(inner.blocks):
         if (reason := why_not(block)) is not None:
             return f"{reason} (blocks.{i})"
     return None
-
-
-def _check_layers(layer: int | Iterable[int] | None, depth: int) -> tuple[int, ...]:
-    if layer is not None and not isinstance(layer, (int, Iterable)):
-        raise TypeError(f"layer: expected an int, several or None, got {type(layer).__name__}")
-    layers = () if layer is None else (layer,) if isinstance(layer, int) else tuple(layer)
-    for i in layers:
-        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < depth:
-            raise ValueError(f"layer: expected block indices in range({depth}), got {layer!r}")
-    if len(set(layers)) != len(layers):
-        raise ValueError(f"layer: expected every block at most once, got {layer!r}")
-    return tuple(sorted(layers))
-
-
-def _check_refinement(
-    refinement: Any, layers: tuple[int, ...], blocks: Sequence[Any], channels: Callable[[Any], int]
-) -> dict[int, nn.Module]:
-    """The modules to set, by layer; ``channels`` tells the key channels of a block."""
-    if refinement is None or refinement is False:
-        return {}
-    if isinstance(refinement, nn.Module):
-        if len(layers) != 1:
-            raise ValueError(f"refinement: expected a dict from layer to module for layers {layers}, got one module")
-        return {layers[0]: refinement}
-    if isinstance(refinement, dict) and refinement and all(isinstance(key, int) for key in refinement):
-        if set(refinement) != set(layers):
-            raise ValueError(f"refinement: expected a module for each of the layers {layers}, got {sorted(refinement)}")
-        return dict(refinement)
-    if refinement is not True and not isinstance(refinement, dict):
-        raise TypeError(f"refinement: expected True, False, None, a module or a dict, got {type(refinement).__name__}")
-    from ..layers.refinement import KeyRefinement
-
-    arguments = {} if refinement is True else refinement
-    modules: dict[int, nn.Module] = {}
-    for i in layers:
-        block = blocks[i]
-        if refinement is True and getattr(block, "refinement", None) is not None:
-            continue
-        like = next(block.parameters())
-        # Parameters of a quantised backbone may be integers; float32 is then the trainable choice.
-        module = KeyRefinement(channels(block), **arguments).to(device=like.device)
-        modules[i] = module.to(dtype=like.dtype) if like.dtype.is_floating_point else module
-        modules[i].train(block.training)
-    return modules

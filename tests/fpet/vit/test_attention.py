@@ -8,7 +8,7 @@ from timm.layers import Attention, AttentionRope
 from timm.models.eva import EvaAttention
 from torch import nn
 
-from fpet.vit.attention import ATTENTIONS, _with_size_column, attend
+from fpet.vit.attention import TIMM_ATTENTIONS, _with_size_column, attend
 from fpet.vit.merging import SizeBias
 
 FORMS = {"mask": {}, "column": {}, "auto": {}, "unfused": {"fused": False}}
@@ -115,7 +115,7 @@ def test_modules_compute_what_timm_computes(kind: str, sdpa: bool) -> None:
     rope = {"rope": torch.randn(9 if kind != "rope" else 8, 16, dtype=torch.float64)} if hasattr(module, "rotate_half") else {}
     log_size = torch.rand(2, 10, dtype=torch.float64)
     expected = module(x, **rope), module(x, **rope, attn_mask=log_size[:, None, None])
-    module.__class__ = ATTENTIONS[type(module)]
+    TIMM_ATTENTIONS.swap(module)
     torch.testing.assert_close(module(x, **rope), expected[0])
     torch.testing.assert_close(module(x, **rope, sizes=SizeBias(log_size, "column")), expected[1])
     out, key = module(x, **rope, with_key=True)
@@ -132,7 +132,7 @@ def test_modules_compute_what_timm_computes(kind: str, sdpa: bool) -> None:
 def test_lora_slots_act_as_if_folded_into_the_weights(kind: str) -> None:
     torch.manual_seed(0)
     module = MODULES[kind]().double().eval()
-    module.__class__ = ATTENTIONS[type(module)]
+    TIMM_ATTENTIONS.swap(module)
     q, v = module.num_heads * module.head_dim, getattr(module, "num_kv_heads", module.num_heads) * module.head_dim
     x = torch.randn(2, 10, 32, dtype=torch.float64)
     for slot, width in (("lora_q", q), ("lora_v", v)):
@@ -162,7 +162,7 @@ def test_a_layer_put_in_the_place_of_evas_qkv_is_called() -> None:
             return self.inner(x) + 1
 
     module = EvaAttention(32, 4, qkv_bias=True, scale_norm=False).eval()
-    module.__class__ = ATTENTIONS[EvaAttention]
+    TIMM_ATTENTIONS.swap(module)
     x = torch.randn(2, 10, 32)
     before = module(x)
     module.qkv = Wrapped(module.qkv)

@@ -10,7 +10,7 @@ import torch
 from timm.models._registry import _module_to_models
 
 import fpet
-from fpet.vit.models import MODELS
+from fpet.vit.models import TIMM_MODELS
 
 FAMILIES = ("vision_transformer", "deit", "eva", "beit", "vision_transformer_relpos")
 # The same few classes behind other stems; one of each is enough, as a convolutional stem takes a second to build.
@@ -46,7 +46,7 @@ def build(name: str) -> torch.nn.Module:
 @torch.no_grad()
 def test_patched_model_without_merging_reproduces_the_model(name: str) -> None:
     model = build(name)
-    assert type(model) in MODELS, "a class that timm added: support it or put it among the refused"
+    assert type(model) in TIMM_MODELS, "a class that timm added: support it or put it among the refused"
     images = torch.randn(2, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
     features, logits = model.forward_features(images), model(images)
     names = [key for key, _ in model.named_parameters()]
@@ -103,7 +103,7 @@ def test_patch_dropout_is_refused() -> None:
         model = timm.create_model(name, patch_drop_rate=0.2, depth=1)
         with pytest.raises(TypeError, match="patch dropout"):
             fpet.apply(model, layer=0)
-        assert type(model) in MODELS
+        assert type(model) in TIMM_MODELS
 
 
 def test_unknown_block_attention_and_subclass_are_refused_untouched() -> None:
