@@ -4,14 +4,22 @@
 >>> fpet.apply(model, layer=6)
 """
 
-from .adapters import AdapterConfig, add_adapters, fold, remove_adapters
-from .adapters.freezing import ParameterCount, count_parameters, freeze
-from .files.saving import import_authors, import_petl_vit, load, save
-from .layers.refinement import KeyRefinement
-from .visualization import Visualization, visualize
-from .vit.config import MergeConfig
-from .vit.models import MergedFeatures, merged_features
-from .vit.patch import apply, merged, remove
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fpet_kernels.version import __version__ as __version__
+
+    from .adapters import AdapterConfig, add_adapters, fold, remove_adapters
+    from .adapters.freezing import ParameterCount, count_parameters, freeze
+    from .files.saving import import_authors, import_petl_vit, load, save
+    from .layers.refinement import KeyRefinement
+    from .visualization import Visualization, visualize
+    from .vit.config import MergeConfig
+    from .vit.models import MergedFeatures, merged_features
+    from .vit.patch import apply, merged, remove
 
 __all__ = [
     "AdapterConfig",
@@ -35,3 +43,55 @@ __all__ = [
     "save",
     "visualize",
 ]
+
+_ROOMS = {
+    ".adapters": (
+        "AdapterConfig",
+        "add_adapters",
+        "fold",
+        "remove_adapters",
+    ),
+    ".adapters.freezing": (
+        "ParameterCount",
+        "count_parameters",
+        "freeze",
+    ),
+    ".files.saving": (
+        "import_authors",
+        "import_petl_vit",
+        "load",
+        "save",
+    ),
+    ".layers.refinement": ("KeyRefinement",),
+    ".visualization": (
+        "Visualization",
+        "visualize",
+    ),
+    ".vit.models": (
+        "MergeConfig",
+        "MergedFeatures",
+        "merged_features",
+    ),
+    ".vit.patch": (
+        "apply",
+        "merged",
+        "remove",
+    ),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for, when it is: torch and timm take seconds, which ``fpet --help`` does not have to wait for."""
+    if name == "__version__":
+        value: Any = importlib.import_module("fpet_kernels.version").__version__
+    elif name in _ROOM_OF:
+        value = getattr(importlib.import_module(_ROOM_OF[name], __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

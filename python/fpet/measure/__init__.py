@@ -1,7 +1,8 @@
 """What a model costs: memory of a training step, what an allocator takes for it, FLOPs."""
 
+from .allocator import MIB, CachingAllocator
 from .flops import flop_counter
-from .memory import MIB, CachingAllocator, SavedTensors, StepMemory, reserved_memory, step_memory
+from .memory import SavedTensors, StepMemory, reserved_memory, step_memory
 
 __all__ = [
     "MIB",

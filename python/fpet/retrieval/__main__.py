@@ -1,7 +1,7 @@
-"""``python -m fpet.retrieval``."""
+"""``python -m fpet.retrieval``: the same as ``fpet retrieval``."""
 
 import sys
 
-from .run import main
+from ..cli import main
 
-sys.exit(main())
+sys.exit(main(["retrieval", *sys.argv[1:]]))

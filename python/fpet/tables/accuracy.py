@@ -19,10 +19,12 @@ from ..adapters import AdapterConfig
 from ..data import VTAB_TASKS, PretrainingData, TensorTask
 from ..files.checkpoint import write_atomically
 from ..train import pretrain
+from ..train.build import reduce_tokens
 from ..train.config import PRESETS, Config, ConfigError
 from ..train.evaluation import evaluate
 from ..train.inputs import load_data
-from ..train.run import reduce_tokens, sweep, train
+from ..train.run import train
+from ..train.studies import sweep
 from .measure import MODELS, Variant
 
 __all__ = [

@@ -1,8 +1,10 @@
 """Tuning a backbone: settings, the training loop, evaluation, comparisons of several runs."""
 
+from .build import build_model, load_tuned
 from .config import PRESETS, REDUCTIONS, Config, ConfigError
 from .evaluation import Score, evaluate, evaluate_run
-from .run import Result, build_model, compare, comparison_table, learning_rate, load_tuned, sweep, train
+from .run import Result, learning_rate, train
+from .studies import compare, comparison_table, sweep
 
 __all__ = [
     "PRESETS", "REDUCTIONS", "Config", "ConfigError", "Result", "Score", "build_model", "compare", "comparison_table",

@@ -17,6 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from ..data import Dataset, batches
+from .build import load_tuned
+from .config import Config
+from .inputs import load_data
+from .processes import pick_device, place
 
 __all__ = ["Score", "add_arguments", "evaluate", "evaluate_run", "run"]
 
@@ -40,7 +44,7 @@ def evaluate(
     The model is in evaluation mode meanwhile, and afterwards as it was.
     """
     device = torch.device(device)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = place()
     mine = range(rank, len(dataset), world)
     chunks = [list(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
     own = len(chunks)
@@ -79,10 +83,6 @@ def evaluate_run(folder: str | Path, **changes: Any) -> Score:
     Raises:
         FileNotFoundError: the run has not finished. ConfigError, ValueError: a change or a file does not fit.
     """
-    from .config import Config
-    from .inputs import load_data
-    from .run import load_tuned, pick_device
-
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
@@ -90,7 +90,7 @@ def evaluate_run(folder: str | Path, **changes: Any) -> Score:
     config = dataclasses.replace(Config.from_json((folder / "config.json").read_text()), output=str(folder), **changes)
     config.check()
     splits = load_data(config)
-    device = pick_device(config)
+    device = pick_device(config.device)
     model = load_tuned(config, splits.num_classes).to(device)
     return evaluate(
         model, splits.test, batch_size=config.eval_batch_size, device=device, amp=config.amp, workers=config.workers,

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
 from ..data import PretrainingData
+from ..files import checkpoint
 from ..files.checkpoint import write_atomically
+from .progress import Progress
 
-__all__ = ["embedded_backbone", "load_backbone", "pretrain", "save_backbone"]
+__all__ = ["FILE", "description", "embedded_backbone", "ensure", "load_backbone", "pretrain", "save_backbone"]
+
+FILE = "backbone.safetensors"
+_CHECKPOINT_STEPS = 100
 
 
 def embedded_backbone(num_classes: int = 10, drop_path: float = 0.0) -> VisionTransformer:
@@ -36,7 +46,7 @@ def embedded_backbone(num_classes: int = 10, drop_path: float = 0.0) -> VisionTr
 
 def pretrain(
     steps: int, seed: int = 0, *, batch_size: int = 48, lr: float = 1.5e-3,
-    report: Callable[[int, float, float], None] | None = None,
+    report: Callable[[int, float, float], None] | None = None, folder: Path | None = None,
 ) -> tuple[VisionTransformer, str, float]:  # fmt: skip
     """Trains :func:`embedded_backbone` from scratch on :class:`fpet.data.PretrainingData`. The global generator stays put.
 
@@ -44,6 +54,7 @@ def pretrain(
 
     Args:
         report: called after each step with its number, the loss and the accuracy on the batch.
+        folder: of checkpoints, one every 100 steps; where there is one, pre-training goes on from it.
 
     Returns:
         the model in evaluation mode, "digits" or "shapes", and the accuracy on 1000 fresh images.
@@ -56,7 +67,10 @@ def pretrain(
     parameters = [*model.parameters(), *factors_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.02, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 2), pct_start=0.1)
-    for step in range(steps):
+    settings = [steps, seed, batch_size, lr, data.source]
+    parts: dict[str, Any] = {"model": model, "factors_head": factors_head, "optimizer": optimizer, "schedule": schedule}
+    first = _resume(folder, parts, generator, settings)
+    for step in range(first, steps):
         images, labels, factors = data.batch(batch_size, generator)
         features = model.forward_features(images)
         scores = model.forward_head(features)
@@ -66,6 +80,9 @@ def pretrain(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
+        if folder is not None and (step + 1) % _CHECKPOINT_STEPS == 0:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            checkpoint.write(folder, step + 1, state | {"generator": generator.get_state(), "settings": settings}, keep=1)
         if report is not None:
             report(step, loss.item(), (scores.argmax(1) == labels).float().mean().item())
     model.eval()
@@ -75,10 +92,62 @@ def pretrain(
     return model, data.source, right
 
 
-def save_backbone(model: VisionTransformer, path: Path) -> None:
-    """Writes the weights (safetensors), the pre-training head left out."""
+def _resume(folder: Path | None, parts: dict[str, Any], generator: torch.Generator, settings: list[Any]) -> int:
+    """Steps of the newest checkpoint, to whose state everything is set; 0 where there is none with these settings."""
+    found = None if folder is None else checkpoint.load_newest(folder)
+    if folder is None or found is None:
+        return 0
+    path, state = found
+    if state["settings"] != settings:
+        for other in checkpoint.checkpoints(folder):
+            other.unlink()
+        return 0
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    generator.set_state(state["generator"])
+    return int(path.stem.partition("-")[2])
+
+
+def ensure(folder: Path, steps: int, *, progress: bool = False) -> Path:
+    """``backbone.safetensors`` in ``folder``, pre-trained in so many steps; trained now where it is not there.
+
+    What was begun goes on: checkpoints are in ``folder/pretraining``, until the file is written.
+    """
+    path, begun = folder / FILE, folder / "pretraining"
+    if path.is_file() and _header(path).get("steps") == steps:
+        return path
+    begun.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with Progress("pre-training", steps, on=progress) as shown:
+        model, source, accuracy = pretrain(
+            steps,
+            folder=begun,
+            report=lambda step, loss, right: shown.step(step + 1, loss=f"{loss:.3f}", accuracy=f"{right:.2f}"),
+        )
+    note = f"pre-trained on {source} in {time.perf_counter() - start:.0f} s, accuracy {100 * accuracy:.1f} %"
+    save_backbone(model, path, {"steps": steps, "description": note})
+    shutil.rmtree(begun, ignore_errors=True)
+    return path
+
+
+def description(path: Path) -> str:
+    """What the backbone in a file of :func:`ensure` is, in words."""
+    return f"embedded, {_header(path).get('description', path.name)}"
+
+
+def _header(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get("fpet_backbone", "{}"))
+            return found if isinstance(found, dict) else {}
+    except (SafetensorError, OSError, ValueError):
+        return {}
+
+
+def save_backbone(model: VisionTransformer, path: Path, header: dict[str, Any] | None = None) -> None:
+    """Writes the weights (safetensors), the pre-training head left out; ``header`` is what else is to be known of them."""
     kept = {name: value.contiguous() for name, value in model.state_dict().items() if not name.startswith("head.")}
-    write_atomically(path, save_safetensors(kept))
+    write_atomically(path, save_safetensors(kept, metadata={"fpet_backbone": json.dumps(header or {})}))
 
 
 def load_backbone(path: Path, num_classes: int, drop_path: float = 0.0) -> VisionTransformer:

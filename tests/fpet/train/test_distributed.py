@@ -16,6 +16,7 @@ from fpet.files import checkpoint
 from fpet.train import pretrain, sharding, train
 from fpet.train.config import Config, ConfigError
 from fpet.train.evaluation import evaluate_run
+from train_support import Stopped
 
 
 def launch(config: Config) -> subprocess.CompletedProcess[str]:
@@ -97,10 +98,6 @@ def test_sharded_processes_give_the_result_of_one(tmp_path: Path) -> None:
         train(sharded, on_step=steps.append)
     assert steps == [6]
     same_end()
-
-
-class Stopped(Exception):
-    """Instead of a kill."""
 
 
 def stop_in_second_epoch(step: int) -> None:

@@ -1,0 +1,62 @@
+"""The folder of a run: whose it is, and what may be written into it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ..files.checkpoint import checkpoints, write_atomically
+from .processes import first_decides, place
+
+__all__ = ["MODEL", "SETTINGS", "claim", "is_held"]
+
+SETTINGS, MODEL = "config.json", "model.safetensors"
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a run has left something here that its settings belong to: a checkpoint or a tuned model.
+
+    Settings alone are those of a run that failed before it had trained anything.
+    """
+    return (folder / MODEL).is_file() or bool(checkpoints(folder))
+
+
+def claim(folder: Path, settings: dict[str, Any], *, free: Collection[str] = (), resume: bool = True) -> None:
+    """Makes the folder that of the run with these settings; every process has to ask.
+
+    Args:
+        settings: as they are written, JSON. free: names of those that may differ when a run goes on.
+        resume: without, the folder must not hold anything.
+
+    Raises:
+        ValueError: it is another run's; it stays as it is.
+    """
+    refusal = _refusal(folder, settings, free, resume) if place()[0] == 0 else None
+    refusal = first_decides(refusal)
+    if refusal is not None:
+        raise ValueError(refusal)
+    if place()[0] == 0 and not is_held(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / SETTINGS, json.dumps(settings, indent=1).encode())
+
+
+def _refusal(folder: Path, settings: dict[str, Any], free: Collection[str], resume: bool) -> str | None:
+    if not is_held(folder):
+        return None
+    if not resume and checkpoints(folder):
+        return f"output: {folder} holds checkpoints, and resume is off; choose another folder or remove them"
+    try:
+        there = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"output: {folder} holds a run whose {SETTINGS} can't be read ({error}); choose another folder"
+    here = json.loads(json.dumps(settings))
+    different = [
+        f"{name}: {there.get(name)!r}, {here.get(name)!r}"
+        for name in sorted({*there, *here} - set(free))
+        if there.get(name) != here.get(name)
+    ]
+    if different:
+        return f"output: {folder} holds a run with other settings ({'; '.join(different)}); choose another folder"
+    return None
