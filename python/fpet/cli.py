@@ -40,6 +40,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``fpet`` with ``argv``; returns the exit status: the command's own, 1 where it failed, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _Parser.words = arguments
     parser = _Parser(prog="fpet", description="Token merging and parameter-efficient tuning of vision transformers.")
     parser.add_argument("--traceback", action="store_true", help="where an error came from, not its message alone")
     parser.add_argument("--version", action=_Version, nargs=0, help="the version, and nothing else")
@@ -90,15 +91,18 @@ def _interrupted(command: str) -> int:
 class _Parser(argparse.ArgumentParser):
     """Names what was probably meant."""
 
+    words: Sequence[str] = ()
+    """What was typed."""
+
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '?([^'\s]+)'? \(choose from (.+)\)", message)
-        unknown = re.match(r"unrecognized arguments: (\S+)", message)
-        near: list[str] = []
         if choice:
             near = difflib.get_close_matches(choice[1], re.split(r"[,\s']+", choice[2]), n=1)
-        elif unknown:
+        else:
             flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[1].partition("=")[0], flags, n=1)
+            typed = [word.partition("=")[0] for word in self.words if word.startswith("--")]
+            unknown = [word for word in typed if not any(flag.startswith(word) for flag in flags)]
+            near = [match for word in unknown for match in difflib.get_close_matches(word, flags, n=1)][:1]
         super().error(message + (f"; did you mean {near[0]}?" if near else ""))
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +176,71 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as stopped:
         cli.main([name, "--help"])
     assert stopped.value.code == 0 and f"fpet {name}" in capsys.readouterr().out
+
+
+TYPOS = {
+    "option": (["train", "--lerning-rate", "1"], "usage: fpet train", None),
+    "option, near": (["train", "--epoks", "1"], "usage: fpet train", "--epochs"),
+    "choice": (["train", "--method", "bi-adaptfromer"], "usage: fpet train", "bi-adaptformer"),
+    "command": (["trian"], "usage: fpet ", "train"),
+    "inner option": (["retrieval", "check", "--data-dri", "x"], "usage: fpet retrieval check", "--data-dir"),
+}
+
+
+@pytest.mark.parametrize("case", TYPOS)
+def test_a_typo_is_met_with_the_usage_of_the_command_and_the_nearest_word(
+    case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, usage, near = TYPOS[case]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith(usage)
+    assert (f"did you mean {near}?" in said) == (near is not None), said
+
+
+def test_settings_are_named_as_they_are_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--warmup-epochs", "-1", "--keep-checkpoints", "0"]) == 1
+    said = capsys.readouterr().err
+    assert "--warmup-epochs: expected" in said and "--keep-checkpoints: expected" in said and "warmup_epochs" not in said
+
+
+def test_ctrl_c_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fpet_kernels.__main__, "report", interrupted)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err.splitlines() == ["fpet doctor: interrupted; what was finished stays"]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out == f"fpet {fpet.__version__}\n"
+    assert fpet.__version__ == fpet_kernels.__version__
+
+
+def test_help_and_import_take_no_torch() -> None:
+    program = (
+        "import sys, fpet, fpet.cli\ntry: fpet.cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, check=False
+    )
+    assert done.returncode == 0
+
+
+def test_the_package_has_every_public_name_and_nothing_hides_a_module() -> None:
+    assert set(fpet.__all__) <= set(dir(fpet)) and all(getattr(fpet, name) is not None for name in fpet.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        fpet.no_such_name  # noqa: B018
+    for found in pkgutil.walk_packages(fpet.__path__, "fpet."):
+        room, _, name = found.name.rpartition(".")
+        if found.name.endswith("__main__") or room == "fpet.huggingface" or name == "uniadapter":
+            continue
+        module = importlib.import_module(found.name)
+        assert getattr(sys.modules[room], name) is module, f"{found.name} is hidden by {getattr(sys.modules[room], name)}"
 
 
 def test_doctor_is_that_of_the_kernel_package(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

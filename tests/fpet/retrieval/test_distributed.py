@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fpet.files import checkpoint
-from retrieval_support import tiny
+from retrieval_support import command, tiny
 from train_support import assert_same_state, leaves
 
 TWO = """
@@ -63,8 +63,8 @@ def test_two_processes_give_the_result_of_one(folder, tokenizer, tmp_path, capsy
         for number in ("one", "two")
     }
     score = ["evaluate", *common, "--tuned", str(tmp_path / "one" / "queue" / "model.safetensors"), "--json", "--top-k", "5"]
-    for command in (*commands["one"].values(), score):
-        assert command(command) == 0
+    for arguments in (*commands["one"].values(), score):
+        assert command(arguments) == 0
     expected = json.loads(capsys.readouterr().out.splitlines()[-1])
     (tmp_path / "two.py").write_text(TWO)
     # With all of them, a run that was killed in its second epoch.
