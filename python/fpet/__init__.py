@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fpet_kernels.version import __version__ as __version__
 
-    from .adapters import AdapterConfig, add_adapters, fold, remove_adapters
+    from .adapters import AdapterConfig, add_adapters, fold, register_method, remove_adapters
     from .adapters.freezing import ParameterCount, count_parameters, freeze
-    from .files.saving import import_authors, import_petl_vit, load, save
+    from .comparators import register_reduction
+    from .files.published import import_authors, import_petl_vit
+    from .files.saving import load, save
     from .layers.refinement import KeyRefinement
     from .visualization import Visualization, visualize
     from .vit.config import MergeConfig
@@ -38,6 +40,8 @@ __all__ = [
     "load",
     "merged",
     "merged_features",
+    "register_method",
+    "register_reduction",
     "remove",
     "remove_adapters",
     "save",
@@ -49,6 +53,7 @@ _ROOMS = {
         "AdapterConfig",
         "add_adapters",
         "fold",
+        "register_method",
         "remove_adapters",
     ),
     ".adapters.freezing": (
@@ -56,9 +61,12 @@ _ROOMS = {
         "count_parameters",
         "freeze",
     ),
-    ".files.saving": (
+    ".comparators": ("register_reduction",),
+    ".files.published": (
         "import_authors",
         "import_petl_vit",
+    ),
+    ".files.saving": (
         "load",
         "save",
     ),

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from . import plugins
+
 __all__ = ["COMMANDS", "Command", "main"]
 
 
@@ -54,8 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == called:
             chosen = subparser
             try:
+                plugins.import_all(arguments)
                 module = importlib.import_module(command.module)
                 module.add_arguments(subparser)
+                plugins.add_argument(subparser)
             except KeyboardInterrupt:
                 return _interrupted(name)
             except ImportError as error:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from fpet_kernels import Merged
 
+from .adapters.attaching import act, transformer_blocks
 from .adapters.freezing import head_modules, parameter_roles
-from .adapters.methods import hook, transformer_blocks
-from .files import saving
+from .files import modelfile, saving
 from .layers.modules import BottleneckAdapter, FacTFactors, PETModule, Prompts
 from .vit.block import convert
 from .vit.config import MergeConfig
@@ -145,9 +145,9 @@ class MultiTask(nn.Module):
                 factors += [module for module in here if module is not None]
                 continue
             parent_path, _, name = path.rpartition(".")
-            parent, child = self.model.get_submodule(parent_path), _ByTask(here, name)
+            parent, child = self.model.get_submodule(parent_path), _ByTask(here, first)
             setattr(parent, name, child)
-            hook(self.model, parent, name, child, like=first)
+            act(parent, name, child, first.acts, self.model)
         self.factors = nn.ModuleList(factors)
 
 
@@ -176,9 +176,10 @@ def _slices() -> list[_Slice]:
 class _ByTask(PETModule):
     """One place's modules of all tasks: each sees its own images, those without a module pass."""
 
-    def __init__(self, modules: Sequence[nn.Module | None], name: str) -> None:
+    def __init__(self, modules: Sequence[nn.Module | None], first: PETModule) -> None:
         super().__init__()
-        self.added = name in ("adapter_mlp", "lora_q", "lora_v", "fact")  # to what is there; others take its place
+        self.added = first.acts in (None, "beside")  # to what is there; others take its place
+        self.prefix_tokens = first.prefix_tokens
         self.by_task = nn.ModuleList([_Absent() if module is None else module for module in modules])
         for module in modules:
             if isinstance(module, PETModule):
@@ -232,7 +233,7 @@ def _tuned(model: nn.Module, name: str, source: str | os.PathLike[str] | nn.Modu
         config = getattr(source, "adapter_config", None)
         method = "none" if config is None else config.method
     else:
-        header, _ = saving.read_file(Path(source))
+        header, _ = modelfile.read_file(Path(source))
         method = header["adapter"]["method"]
     if method in _REFUSED:
         raise ValueError(f"tasks: {name!r} was tuned by {method!r}, which changes the backbone that the others share")
@@ -242,7 +243,7 @@ def _tuned(model: nn.Module, name: str, source: str | os.PathLike[str] | nn.Modu
         except ValueError as error:
             raise ValueError(f"tasks: {name!r} does not fit: {error}") from error
     inner: Any = find_model(source)
-    if hasattr(inner, "fpet_reducers"):
+    if hasattr(inner, "fpet_reduction"):
         raise ValueError(f"tasks: {name!r} reduces its tokens by a comparator; expected fpet.apply or nothing")
     if saving.backbone_hash(source) != saving.backbone_hash(model):
         raise ValueError(f"tasks: {name!r} has another backbone, or weights folded into it")

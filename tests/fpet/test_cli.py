@@ -89,7 +89,7 @@ def test_checkpoint_brings_its_layers(backbone: tuple[torch.nn.Module, str], cap
     with torch.no_grad():
         for layer in (2, 4):
             torch.nn.init.normal_(model.blocks[layer].refinement.adapter_up.weight)
-    fpet.save(model, "tuned.safetensors")
+    fpet.save(fpet.freeze(model), "tuned.safetensors")
     arguments = ("photo.png", "--model", MODEL, "--weights", weights, "--checkpoint", "tuned.safetensors")
     assert ran(*arguments, "--json") == 0
     said = json.loads(capsys.readouterr().out)
@@ -107,7 +107,7 @@ def test_checkpoint_without_merging_takes_the_layer_given(
     backbone: tuple[torch.nn.Module, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, weights = backbone
-    fpet.save(fpet.apply(fpet.add_adapters(model, "lora")), "tuned.safetensors")
+    fpet.save(fpet.freeze(fpet.apply(fpet.add_adapters(model, "lora"))), "tuned.safetensors")
     assert ran("photo.png", "--model", MODEL, "--weights", weights, "--checkpoint", "tuned.safetensors", "--layer", "1") == 0
     assert "layer 1:" in capsys.readouterr().out
 

@@ -174,7 +174,7 @@ def other_backbone() -> nn.Module:
 
 
 def comparator() -> nn.Module:
-    return comparators.apply(tuned("lora", 1, layer=None), "avg-pool")
+    return comparators.apply_reduction(tuned("lora", 1, layer=None), "avg-pool")
 
 
 @pytest.mark.parametrize(

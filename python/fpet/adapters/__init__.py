@@ -1,9 +1,11 @@
 """Parameter-efficient tuning: :func:`add_adapters` puts a method's modules into a timm vision transformer, :func:`fold` and
-:func:`remove_adapters` take them out again."""
+:func:`remove_adapters` take them out again, :func:`register_method` adds a method of one's own."""
 
 from ..layers.modules import BottleneckAdapter, FacT, FacTFactors, PETModule, Prompts, RepAdapter, ScaleShift
-from .config import METHODS, AdapterConfig
-from .methods import add_adapters, fold, remove_adapters
+from . import methods  # which registers them
+from .attaching import add_adapters, attach, remove_adapters
+from .config import METHODS, AdapterConfig, Method, register_method
+from .folding import fold
 
 __all__ = [
     "METHODS",
@@ -11,11 +13,15 @@ __all__ = [
     "BottleneckAdapter",
     "FacT",
     "FacTFactors",
+    "Method",
     "PETModule",
     "Prompts",
     "RepAdapter",
     "ScaleShift",
     "add_adapters",
+    "attach",
     "fold",
+    "methods",
+    "register_method",
     "remove_adapters",
 ]

@@ -1,5 +1,18 @@
-"""Other ways to have fewer tokens, to compare with."""
+"""Ways to have fewer tokens, to compare with FPET's: :func:`apply_reduction`; :func:`register_reduction` adds one's own."""
 
-from .reducers import COMPARATORS, Reducer, apply, flops_target, remove
+from .model import ReducedVisionTransformer, apply_reduction, flops_target, remove_reduction
+from .registry import REDUCTIONS, Place, Reducer, Reduction, ReductionConfig, Tokens, register_reduction
 
-__all__ = ["COMPARATORS", "Reducer", "apply", "flops_target", "remove"]
+__all__ = [
+    "REDUCTIONS",
+    "Place",
+    "ReducedVisionTransformer",
+    "Reducer",
+    "Reduction",
+    "ReductionConfig",
+    "Tokens",
+    "apply_reduction",
+    "flops_target",
+    "register_reduction",
+    "remove_reduction",
+]

@@ -4,43 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["CheckpointError", "checkpoints", "load_newest", "read", "remember_rng", "restore_rng", "write", "write_atomically"]
+from .atomic import write_atomically
+
+__all__ = ["CheckpointError", "checkpoints", "load_newest", "read", "remember_rng", "restore_rng", "write"]
 
 _MAGIC = b"fpet-run-1 "
 
 
 class CheckpointError(ValueError):
     """A file that is no checkpoint, or a damaged one."""
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file under another name, down to the disk, and renames it: a crash or a full disk leaves what was there.
-
-    Raises:
-        OSError: as open and write do; nothing is left behind then.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's own are for the owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -1,80 +1,114 @@
-"""Files of what was tuned: :func:`save` and :func:`load` (safetensors), and the import of two published formats.
+"""Files of what was tuned: :func:`save` and :func:`load`.
 
-A file of ours is a safetensors file. Its metadata entry ``fpet`` is JSON: format version; adapter and merging settings;
-number of classes; name and SHA-256 of the frozen backbone; shape and bits of each quantised weight; SHA-256 of the tensors.
-Its tensors are what :func:`fpet.freeze` leaves trainable, by name; a quantised weight is uint8 as
-:func:`fpet.layers.quantize.pack` makes it: codes, least significant bits first, then float32 mean and std.
+A file of ours is a safetensors file. Its metadata entry ``fpet`` is JSON: format version; adapter, merging and reduction
+settings; number and names of the classes; what the backbone is, and digests of its frozen weights; preprocessing; shape and
+bits of each quantised weight; SHA-256 of the tensors. Its tensors are all that was trained, by name: what
+:func:`fpet.freeze` leaves trainable, whatever else has requires_grad, and the running statistics of batch norms. A quantised
+weight is uint8 as :func:`fpet.layers.quantize.pack` makes it: codes, least significant bits first, then float32 mean and std.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 import os
-import tempfile
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
-from ..adapters import AdapterConfig, add_adapters
+from ..adapters import METHODS, AdapterConfig, add_adapters, remove_adapters
+from ..adapters.attaching import SLOTS, transformer, transformer_blocks
 from ..adapters.freezing import head_modules, parameter_roles
-from ..adapters.methods import transformer_blocks
+from ..comparators import REDUCTIONS, ReductionConfig, apply_reduction, remove_reduction
 from ..comparators.ltmp import Thresholds
-from ..layers.quantize import QuantizedLinear, latent_weight, levels, pack, packed_size, unpack
 from ..layers.refinement import KeyRefinement
 from ..vit.config import MergeConfig
-from ..vit.patch import apply
+from ..vit.patch import apply, remove
+from .atomic import write_atomically
+from .describing import describe, first_difference, fresh_names, short_digests
+from .modelfile import VERSION, assign, digest_of, dtype_name, packed_or_none, quantized_layers, read_file, unpacked
 
-__all__ = ["backbone_hash", "import_authors", "import_petl_vit", "load", "save"]
-
-_VERSION = 1
+__all__ = ["backbone_hash", "load", "named_parameters", "save", "tuned_tensors"]
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    class_names: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes everything :func:`load` needs to rebuild the tuned model on the same backbone, without the backbone.
 
     Quantised weights are stored packed: what the model computes comes back up to float32 rounding of the mean and the
     standard deviation; the latent weights behind the codes do not. The file appears under its name only when it is
-    complete: a crash leaves the old one.
+    complete: a crash leaves the old one. Before anything is written, the model is rebuilt without data as :func:`load` will,
+    so that what is written can be loaded.
 
     Args:
-        model: after :func:`fpet.add_adapters` and, or, :func:`fpet.apply`.
+        model: after :func:`fpet.add_adapters` and, or, :func:`fpet.apply`; a compiled or data-parallel one is looked into.
         path: of the file; its folder must exist.
+        class_names: as many as the head has classes. preprocessing: the fields of
+            :class:`fpet.data.preprocessing.Preprocessing`; None: what timm knows of the model. metadata: anything to remember,
+            text by text.
 
     Raises:
-        TypeError: a timm model was expected.
+        TypeError: the model is no timm vision transformer, or something was trained that :func:`load` could not put back; the
+            message names it. ValueError: class_names or metadata do not fit.
     """
-    transformer_blocks(model)
-    roles = parameter_roles(model)
-    quantized = _quantized_layers(model)
-    tensors: dict[str, Tensor] = {}
-    packed: dict[str, Any] = {}
-    for name, parameter in model.named_parameters():
-        if roles[name] == "backbone":
-            continue
-        data = parameter.detach().cpu().contiguous()
-        layer = quantized.get(name)
-        if layer is not None and (codes := _packed_or_none(data, layer.bits)) is not None:
-            packed[name] = {"shape": list(data.shape), "bits": layer.bits, "dtype": _dtype_name(data.dtype)}
-            data = codes
-        tensors[name] = data
+    model = _unwrapped(model)
+    inner, roles = transformer(model), _roles(model)
+    peft = [name for name, role in roles.items() if role == "peft"]
+    if peft:
+        raise TypeError(
+            f"model: {peft[0]} and {len(peft) - 1} more parameters are the peft library's, which saves them: call "
+            "fpet.apply before peft.get_peft_model, name 'refinement' in its modules_to_save, and save_pretrained"
+        )
+    if inner is not model:
+        raise TypeError(f"model: expected the timm vision transformer itself, got {type(model).__name__} around one: save that")
+    trained = tuned_tensors(model)
+    tensors, packed = _stored(trained, model)
     config: AdapterConfig = getattr(model, "adapter_config", None) or AdapterConfig("none")
+    extra = sorted(name for name, role in roles.items() if role == "backbone" and name in tensors)
+    if extra and len(extra) == sum(role == "backbone" for role in roles.values()):
+        warnings.warn(
+            "model: its whole backbone has requires_grad, so the file holds all of it; call fpet.freeze before training",
+            UserWarning, stacklevel=2,
+        )  # fmt: skip
+    num_classes = _num_classes(model)
+    names = None if class_names is None else [str(name) for name in class_names]
+    if names is not None and len(names) != num_classes:
+        raise ValueError(f"class_names: expected {num_classes}, one for each class of the head, got {len(names)}")
+    description = describe(model)
+    frozen = _frozen(model, config.method, frozenset(extra), _statistics(model))
     header = {
-        "version": _VERSION,
+        "version": VERSION,
         "adapter": dataclasses.asdict(config),
         "merge": _merge_settings(model),
-        "num_classes": getattr(model, "num_classes", None),
-        "backbone": {"name": _backbone_name(model), "sha256": backbone_hash(model)},
+        "reduction": _reduction_settings(model),
+        "num_classes": num_classes,
+        "class_names": names,
+        "preprocessing": dict(preprocessing) if preprocessing is not None else description.preprocessing,
+        "backbone": {
+            **description.backbone(), "sha256": digest_of(frozen), "tensors": short_digests(frozen),
+        },
+        "extra": extra,
         "packed": packed,
-        "tensors_sha256": _digest(tensors),
-    }
-    _write_atomically(Path(path), safetensors_bytes(tensors, metadata={"fpet": json.dumps(header)}))
+        "metadata": _checked_metadata(metadata),
+        "registered_by": _registered_by(model, config),
+        "tensors_sha256": digest_of(tensors),
+    }  # fmt: skip
+    _rehearse(model, header, config, trained)
+    write_atomically(Path(path), safetensors_bytes(tensors, metadata={"fpet": json.dumps(header)}))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -88,156 +122,132 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         model, with all that was tuned; call :func:`fpet.freeze` to tune on.
 
     Raises:
-        ValueError: not a file of ours, a damaged one, or one for another backbone; or the model has adapters or merges.
-            TypeError: the model is no timm vision transformer. OSError: the file can't be read. The model is then as it was.
+        ValueError: not a file of ours, a damaged one, or one for another backbone, and what differs; or the model has adapters
+            or merges. TypeError: the model is no timm vision transformer. OSError: the file can't be read. The model is then as
+            it was.
     """
-    transformer_blocks(model)
+    outer, model = model, transformer(_unwrapped(model))
     if getattr(model, "adapter_config", None) is not None or getattr(model, "fpet_config", None) is not None:
         raise ValueError("model: expected a bare backbone, got one with adapters or merging: fpet.remove_adapters, fpet.remove")
     header, tensors = read_file(Path(path))
     config = AdapterConfig(**header["adapter"])
-    backbone = header["backbone"]
-    if (found := backbone_hash(model, config.method)) != backbone["sha256"]:
+    _check_registered(header, config, path)
+    backbone, extra = header["backbone"], frozenset(header.get("extra", ()))
+    statistics = {name for name in tensors if name in _statistics(model)}
+    frozen = _frozen(model, config.method, extra, statistics)
+    if (found := digest_of(frozen)) != backbone["sha256"]:
+        what = first_difference(backbone, describe(model), short_digests(frozen))
         raise ValueError(
             f"model: {path} was tuned on the backbone {backbone['name']} with frozen weights {backbone['sha256'][:12]}…, "
-            f"got {_backbone_name(model)} with {found[:12]}…"
+            f"got {describe(model).name} with {found[:12]}…{what}"
         )
     # A dress rehearsal without memory: everything that can be wrong is found before the model is touched.
-    rehearsal = _rebuild(_meta_copy(model), header, config)
-    roles = parameter_roles(rehearsal)
-    wanted = {name: p for name, p in rehearsal.named_parameters() if roles[name] != "backbone"}
-    values = _check_and_unpack(wanted, tensors, header["packed"], path)
+    rehearsal = _rebuild(_meta_copy(model), copy.deepcopy(header), config)
+    wanted = _wanted(rehearsal, extra, statistics)
+    values = unpacked(wanted, tensors, header["packed"], path)
     _rebuild(model, header, config)
-    _assign(model, values)
-    return model
+    assign({**named_parameters(model), **_kept_buffers(model)}, values)
+    return outer
 
 
 def backbone_hash(model: nn.Module, method: str | None = None) -> str:
-    """SHA-256, as hex digits, of names, shapes, dtypes and values of the frozen parameters and the saved buffers.
+    """SHA-256, as hex digits, of names, shapes, dtypes and values of the backbone's parameters and saved buffers.
+
+    Adapters, head and running statistics of batch norms have no part in it.
 
     Args:
         method: whose frozen parameters; None takes that of the model's own adapters. Folded or cast weights are others.
     """
-    roles = parameter_roles(model, method)
-    frozen: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if roles[name] == "backbone"}
-    kept = model.state_dict()
-    frozen |= {name: b for name, b in model.named_buffers() if name in kept}
-    return _digest(frozen)
+    return _hash(model, method, frozenset(), set(_statistics(model)))
 
 
-# --- writing and reading ---------------------------------------------------------------------------------------------
+def tuned_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What :func:`save` writes, by name, not copied: parameters that were trained, and running statistics of batch norms."""
+    roles = _roles(model)
+    found: dict[str, Tensor] = {
+        name: p for name, p in named_parameters(model).items() if roles[name] != "backbone" or p.requires_grad
+    }  # fmt: skip
+    return found | _statistics(model)
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
-    # Beside the target, as a rename is atomic only within one file system.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's own are for the owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+# --- what is in a model ------------------------------------------------------------------------------------------------
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile, of checkpointing
 
 
-def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file of ours, checked as far as they can be without a model."""
-    if not path.is_file():
-        raise FileNotFoundError(f"path: expected a file written by fpet.save, got {path}, which is no file")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(
-            f"path: expected a file written by fpet.save, got {path}, damaged or not safetensors: {error}"
-        ) from error
-    if "fpet" not in metadata:
-        raise ValueError(f"path: expected a file written by fpet.save, got {path}, safetensors of another kind")
-    try:
-        header = json.loads(metadata["fpet"])
-        version = header["version"]
-        if version != _VERSION:
-            raise ValueError(f"path: expected format version {_VERSION}, got {version} in {path}")
-        if header["tensors_sha256"] != _digest(tensors):
-            raise ValueError(f"path: {path} is damaged: its tensors are not those that were written")
-        AdapterConfig(**header["adapter"])
-        for key in ("merge", "num_classes", "backbone", "packed"):
-            header[key]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"path: the header of {path} is damaged: {type(error).__name__}: {error}") from error
-    return header, tensors
+def _plain(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
-def _check_and_unpack(
-    wanted: dict[str, nn.Parameter], tensors: dict[str, Tensor], packed: dict[str, Any], path: str | os.PathLike[str]
-) -> dict[str, Tensor]:
-    """A value for every parameter wanted; ValueError where names or shapes differ."""
-    if wanted.keys() != tensors.keys():
-        missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-        raise ValueError(f"path: {path} lacks {missing or 'nothing'} and has {extra or 'nothing'} besides what the model takes")
-    values = {}
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's parameters by the names that they have where none of its parts is compiled."""
+    return {_plain(name): p for name, p in model.named_parameters()}
+
+
+def _roles(model: nn.Module, method: str | None = None) -> dict[str, str]:
+    return {_plain(name): role for name, role in parameter_roles(model, method).items()}
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, a data-parallel or an averaging wrapper."""
+    while True:
+        if isinstance(model._modules.get("_orig_mod"), nn.Module):
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        elif isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)):
+            model = model.module
+        else:
+            return model
+
+
+def _kept_buffers(model: nn.Module) -> dict[str, Tensor]:
+    kept = model.state_dict(keep_vars=True)
+    return {_plain(name): b for name, b in model.named_buffers() if name in kept}
+
+
+def _statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The running statistics of batch norms, which move in training though nothing trains them."""
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    return {name: b for name, b in _kept_buffers(model).items() if name.rpartition(".")[2] in names}
+
+
+def _frozen(
+    model: nn.Module, method: str | None, extra: frozenset[str], statistics: Iterable[str]
+) -> dict[str, Tensor]:  # fmt: skip
+    roles = _roles(model, method)
+    frozen: dict[str, Tensor] = {
+        name: p for name, p in named_parameters(model).items() if roles[name] == "backbone" and name not in extra
+    }  # fmt: skip
+    left_out = set(statistics)
+    return frozen | {name: b for name, b in _kept_buffers(model).items() if name not in left_out}
+
+
+def _hash(model: nn.Module, method: str | None, extra: frozenset[str], statistics: Iterable[str]) -> str:
+    return digest_of(_frozen(model, method, extra, statistics))
+
+
+def _stored(tensors: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors as they are stored, and what has to be known of those that are packed."""
+    quantized = {_plain(name): layer for name, layer in quantized_layers(model).items()}
+    stored: dict[str, Tensor] = {}
+    packed: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        shape = wanted[name].shape
-        if (entry := packed.get(name)) is not None:
-            codes, mean, std = unpack(tensor, entry["shape"], entry["bits"])
-            tensor = latent_weight(codes, mean, std, entry["bits"]).to(getattr(torch, entry["dtype"]))
-        if tensor.shape != shape:
-            raise ValueError(f"path: expected {name} of shape {tuple(shape)}, got {tuple(tensor.shape)} in {path}")
-        values[name] = tensor
-    return values
+        data = tensor.detach().cpu().contiguous()
+        layer = quantized.get(name)
+        if layer is not None and (codes := packed_or_none(data, layer.bits)) is not None:
+            packed[name] = {"shape": list(data.shape), "bits": layer.bits, "dtype": dtype_name(data.dtype)}
+            data = codes
+        stored[name] = data
+    return stored, packed
 
 
-@torch.no_grad()
-def _assign(model: nn.Module, values: dict[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    for name, value in values.items():
-        parameters[name].copy_(value)
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {_dtype_name(tensor.dtype)} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    return digest.hexdigest()
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-# --- the model's side ------------------------------------------------------------------------------------------------
-
-
-def _backbone_name(model: Any) -> str:
-    config = getattr(model, "pretrained_cfg", None) or {}
-    name = config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
-    return name or type(model).__name__.removeprefix("FPET")
-
-
-def _quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """By the name of their weight."""
-    return {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-
-
-def _packed_or_none(weight: Tensor, bits: int) -> Tensor | None:
-    """The packed weight; None if training could not go on from it, so that it has to be stored as it is."""
-    if weight.dtype in (torch.float16, torch.bfloat16):
-        return None  # rounding the latent weight would move its mean and std
-    data = pack(weight, bits)
-    codes, mean, std = unpack(data, weight.shape, bits)
-    try:
-        again = pack(latent_weight(codes, mean, std, bits).to(weight.dtype), bits)
-    except ValueError:
-        return None
-    return data if torch.equal(again[:-8], data[:-8]) else None
+def _num_classes(model: Any) -> int | None:
+    """Of the head that is there, which may not be the one that timm made."""
+    heads = head_modules(model)
+    if heads and isinstance(heads[0], nn.Linear):
+        return heads[0].out_features
+    return 0 if heads and isinstance(heads[0], nn.Identity) else getattr(model, "num_classes", None)
 
 
 def _merge_settings(model: nn.Module) -> dict[str, Any] | None:
@@ -252,37 +262,57 @@ def _merge_settings(model: nn.Module) -> dict[str, Any] | None:
             refinements[i] = {name: getattr(module, name) for name in names}
         elif module is not None:
             raise TypeError(f"model: expected blocks.{i}.refinement to be a KeyRefinement, got {type(module).__name__}")
-    thresholds = [i for i, block in enumerate(transformer_blocks(model)) if hasattr(block, "thresholds")]
     return {
         "layers": list(config.layers),
         "proportional_attention": config.proportional_attention,
         "similarity": config.similarity,
         "refinement": refinements,
-        "thresholds": thresholds,
     }
+
+
+def _reduction_settings(model: nn.Module) -> dict[str, Any] | None:
+    config: ReductionConfig | None = getattr(model, "fpet_reduction", None)
+    return None if config is None else dataclasses.asdict(config)
+
+
+def _registered_by(model: nn.Module, config: AdapterConfig) -> dict[str, str]:
+    """The modules that registered the method and the reduction, where they are not ours."""
+    reduction: ReductionConfig | None = getattr(model, "fpet_reduction", None)
+    found = {"method": METHODS[config.method].install.__module__}
+    if reduction is not None:
+        found["reduction"] = REDUCTIONS[reduction.name].reducer.__module__
+    return {kind: module for kind, module in found.items() if not module.startswith("fpet.")}
+
+
+# --- rebuilding --------------------------------------------------------------------------------------------------------
 
 
 def _rebuild(model: nn.Module, header: dict[str, Any], config: AdapterConfig) -> nn.Module:
     """Head, adapters, merging and refinement as the header says, untrained."""
-    block = transformer_blocks(model)[0]
-    like = next(block.parameters())
+    blocks = transformer_blocks(model)
+    like = next(blocks[0].parameters())
     try:
         num_classes = header["num_classes"]
-        if num_classes is not None and num_classes != getattr(model, "num_classes", num_classes):
+        if num_classes is not None and num_classes != _num_classes(model):
             model.reset_classifier(num_classes)  # type: ignore[operator]
             for head in head_modules(model):
                 head.to(like.device, like.dtype)
         arguments = dataclasses.asdict(config)
         add_adapters(model, arguments.pop("method"), **arguments)
-        merge = header["merge"]
+        merge, reduction = header["merge"], header.get("reduction")
         if merge is not None:
             form = merge["proportional_attention"] or False
             apply(model, merge["layers"], proportional_attention=form, similarity=merge["similarity"])
             for i, arguments in merge["refinement"].items():
-                refinement = KeyRefinement(**arguments).to(like.device, like.dtype).train(block.training)
-                transformer_blocks(model)[int(i)].refinement = refinement
-            for i in merge.get("thresholds", ()):
-                transformer_blocks(model)[i].thresholds = Thresholds().to(like.device).train(block.training)
+                blocks[int(i)].refinement = KeyRefinement(**arguments).to(like.device, like.dtype).train(blocks[0].training)
+            for i in merge.get("thresholds", ()):  # of version 1, whose reader applied LTMP himself
+                blocks[i].thresholds = Thresholds().to(like.device).train(blocks[0].training)
+        if reduction is not None:
+            kept = [getattr(block, "refinement", None) for block in blocks]
+            apply_reduction(model, reduction.pop("name"), reduction.pop("layer"), **reduction)
+            for block, refinement in zip(blocks, kept, strict=True):
+                if refinement is not None:
+                    block.refinement = refinement
     except (KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"path: the header does not describe this model: {type(error).__name__}: {error}") from error
     return model
@@ -298,160 +328,59 @@ def _meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-# --- published formats -----------------------------------------------------------------------------------------------
-
-
-def import_petl_vit(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Reads a checkpoint of PETL-ViT's binary adapters (``…-bit1-dim32.bin``) into a model prepared for it.
-
-    The file has no header. It holds the quantised layers in the order of the blocks (LoRA of q, of v, or AdaptFormer; down,
-    then up), each codes, least significant bits first, then float32 mean and std; then head weight and bias in float32, or
-    for the ``-bihead`` runs a one-bit head without bias. All little-endian.
-
-    Args:
-        model: after :func:`fpet.add_adapters` with the run's method, dimension, bits and scale, and ``reset_classifier``.
-        path: of the file.
-
-    Returns:
-        model, computing with the published weights. A one-bit head becomes a plain one with a bias of zero.
-
-    Raises:
-        ValueError: the file's size fits neither form of the model, its contents are no numbers, or the model is not prepared.
-            The model is then as it was.
-    """
-    data = _file_bytes(path)
-    layers = _published_order(model, refinement=False)
-    if not layers:
-        raise ValueError("model: expected quantised adapters: fpet.add_adapters(model, 'bi-adaptformer' or 'bi-lora') first")
-    head: Any = model.get_classifier()  # type: ignore[operator]
-    if not isinstance(head, nn.Linear):
-        raise ValueError(f"model: expected a linear head, got {type(head).__name__}: reset_classifier(num_classes) first")
-    adapters = sum(packed_size(layer.weight.numel(), layer.bits) for _, layer in layers)
-    weight, classes = head.weight, head.out_features
-    plain, binary = 4 * (weight.numel() + classes), packed_size(weight.numel(), 1)
-    if data.numel() not in (adapters + plain, adapters + binary):
-        raise ValueError(
-            f"path: expected {adapters} bytes of adapters and {plain} of head (or {binary} of a one-bit head) for {classes} "
-            f"classes, got {data.numel()} in {path}"
-        )
-    values, rest = _take_packed(data, layers, path)
-    names = {id(p): name for name, p in model.named_parameters()}
-    if rest.numel() == plain:
-        numbers = _floats(rest)
-        values[names[id(weight)]] = numbers[: weight.numel()].view(weight.shape)
-        bias = numbers[weight.numel() :]
-    else:
-        codes, mean, std = unpack(rest, weight.shape, 1)
-        values[names[id(weight)]] = torch.tensor(levels(1))[codes] * std + mean
-        bias = torch.zeros(classes)
-    if head.bias is not None:
-        values[names[id(head.bias)]] = bias
-    elif bias.any():
-        raise ValueError("model: expected a head with a bias, got one without")
-    _check_finite(values, path)
-    _assign(model, values)
-    return model
-
-
-def import_authors(model: nn.Module, stem: str | os.PathLike[str]) -> nn.Module:
-    """Reads a checkpoint of the authors' FPET code, ``STEM.bin`` and ``STEM.pth``, into a model prepared for it.
-
-    ``.bin`` holds the quantised layers, block by block: LoRA of q, of v, AdaptFormer, refinement; each as in
-    :func:`import_petl_vit`. ``.pth`` holds the other adapters and the head, as a state_dict.
-
-    Args:
-        model: after :func:`fpet.add_adapters`, ``reset_classifier`` and :func:`fpet.apply` with the run's settings and its
-            refinement. stem: the files' path without ``.bin`` and ``.pth``.
-
-    Returns:
-        model, computing with the published weights.
-
-    Raises:
-        ValueError: a size, name or shape does not fit the model, or a file is damaged. FileNotFoundError: one is missing. The
-            model is then as it was.
-    """
-    binary, state = Path(f"{os.fspath(stem)}.bin"), Path(f"{os.fspath(stem)}.pth")
-    layers = _published_order(model, refinement=True)
-    roles = parameter_roles(model)
-    values: dict[str, Tensor] = {}
-    if layers:
-        data = _file_bytes(binary)
-        expected = sum(packed_size(layer.weight.numel(), layer.bits) for _, layer in layers)
-        if data.numel() != expected:
-            raise ValueError(
-                f"path: expected {expected} bytes of {len(layers)} quantised layers, got {data.numel()} in {binary}"
-            )
-        values, _ = _take_packed(data, layers, binary)
-    wanted = {
-        name: p for name, p in model.named_parameters() if roles[name] != "backbone" and name not in values
+def _wanted(model: nn.Module, extra: frozenset[str], statistics: set[str]) -> dict[str, Tensor]:
+    """What of a rebuilt model has to come from the file."""
+    roles = _roles(model)
+    wanted: dict[str, Tensor] = {
+        name: p for name, p in named_parameters(model).items() if roles[name] != "backbone" or name in extra
     }  # fmt: skip
-    if wanted:
-        values |= _check_and_unpack(wanted, _read_pth(state), {}, state)
-    _check_finite(values, stem)
-    _assign(model, values)
-    return model
+    return wanted | {name: b for name, b in _statistics(model).items() if name in statistics}
 
 
-def _file_bytes(path: str | os.PathLike[str]) -> Tensor:
-    data = Path(path).read_bytes()
-    if not data:
-        raise ValueError(f"path: {path} is empty")
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+def _rehearse(model: nn.Module, header: dict[str, Any], config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
+    """Rebuilds the model without data, as :func:`load` will. TypeError: that is not the model which is here; says where."""
+    bare: Any = _meta_copy(model)
+    remove_adapters(remove_reduction(bare))
+    remove(bare)
+    for block in transformer_blocks(bare):
+        for slot in SLOTS:
+            for parent in (block, *(m for m in (getattr(block, "attn", None),) if m is not None)):
+                if getattr(parent, slot, None) is not None:
+                    delattr(parent, slot)
+    if header["num_classes"] is not None and hasattr(bare, "reset_classifier"):
+        bare.reset_classifier(header["num_classes"])
+    rebuilt = _rebuild(bare, json.loads(json.dumps(header)), config)
+    wanted = _wanted(rebuilt, frozenset(header["extra"]), set(_statistics(model)))
+    heads = [(a, b) for a, b in zip(head_modules(model), head_modules(rebuilt), strict=False) if type(a) is not type(b)]
+    if heads:
+        raise TypeError(
+            f"model: expected the head that reset_classifier makes, {type(heads[0][1]).__name__}, got "
+            f"{type(heads[0][0]).__name__}, which fpet.load could not make"
+        )
+    for name in (*tensors, *wanted):
+        if name not in wanted:
+            raise TypeError(
+                f"model: {name} was trained, but fpet.load could not make the module it is in: expected what "
+                "fpet.add_adapters, fpet.apply and reset_classifier make"
+            )
+        if name not in tensors or tensors[name].shape != wanted[name].shape:
+            got = "none" if name not in tensors else tuple(tensors[name].shape)
+            raise TypeError(f"model: expected {name} of shape {tuple(wanted[name].shape)}, as fpet.load makes it, got {got}")
+    fresh = fresh_names(model)
+    if fresh is not None and (unknown := [name for name in header["extra"] if name not in fresh]):
+        raise TypeError(f"model: {unknown[0]} was trained, and timm's {header['backbone']['name']} has no such parameter")
 
 
-def _floats(data: Tensor) -> Tensor:
-    """float32 numbers from little-endian bytes."""
-    return torch.from_numpy(data.numpy().view("<f4").astype("=f4"))
+def _check_registered(header: dict[str, Any], config: AdapterConfig, path: str | os.PathLike[str]) -> None:
+    reduction = (header.get("reduction") or {}).get("name", "none")
+    for kind, name, known in (("method", config.method, METHODS), ("reduction", reduction, REDUCTIONS)):
+        if name not in known:
+            by = header.get("registered_by", {}).get(kind, "the module that registers it")
+            raise ValueError(f"path: {path} needs the {kind} {name!r}, which is not registered: import {by} first")
 
 
-def _read_pth(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"stem: expected a file {path}, as the model has parameters that it holds")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch each have their own
-        raise ValueError(f"path: {path} is damaged or no state_dict: {type(error).__name__}: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) and v.is_floating_point() for v in state.values()):
-        raise ValueError(f"path: expected a state_dict in {path}, got {type(state).__name__} with other things than weights")
-    return state
-
-
-def _published_order(model: nn.Module, *, refinement: bool) -> list[tuple[str, QuantizedLinear]]:
-    """Quantised layers in the order in which both published programs write them, whatever order ours were added in."""
-    slots = ("attn.lora_q", "attn.lora_v", "adapter_mlp", *(("refinement",) if refinement else ()))
-    found = _quantized_layers(model)
-    names = [
-        f"blocks.{i}.{slot}.{layer}.weight"
-        for i in range(len(transformer_blocks(model)))
-        for slot in slots
-        for layer in ("adapter_down", "adapter_up")
-    ]
-    ordered = [(name, found[name]) for name in names if name in found]
-    for name, layer in ordered:
-        if layer.bits == 8:
-            raise ValueError("model: expected 1, 2 or 4 bits: the published programs use 8-bit levels of their own, got 8")
-        if layer.weight.numel() * layer.bits % 8:
-            raise ValueError(f"model: {name} does not fill whole bytes, and the published programs drop the rest of its codes")
-    return ordered
-
-
-def _take_packed(
-    data: Tensor, layers: list[tuple[str, QuantizedLinear]], path: str | os.PathLike[str]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Latent weights by name, and the bytes behind them."""
-    values = {}
-    for name, layer in layers:
-        length = packed_size(layer.weight.numel(), layer.bits)
-        try:
-            codes, mean, std = unpack(data[:length], layer.weight.shape, layer.bits)
-            values[name] = latent_weight(codes, mean, std, layer.bits)
-        except ValueError as error:
-            raise ValueError(f"path: {path} is damaged at {name}: {error}") from error
-        data = data[length:]
-    return values, data
-
-
-def _check_finite(values: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
-    for name, value in values.items():
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"path: expected finite numbers, got others for {name} in {path}")
+def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    for key, value in (metadata or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ValueError(f"metadata: expected texts by text, got {value!r} for {key!r}")
+    return dict(metadata or {})

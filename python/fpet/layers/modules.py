@@ -17,10 +17,14 @@ __all__ = ["BottleneckAdapter", "FacT", "FacTFactors", "PETModule", "Prompts", "
 class PETModule(nn.Module):
     """What tuning adds: :func:`fpet.freeze` trains it, :func:`fpet.save` writes it, :func:`fpet.remove_adapters` removes it.
 
-    ``handle`` is the hook by which the module acts on its parent, None where the parent's forward calls it.
+    Attributes:
+        acts: how it acts on its parent, see :func:`fpet.adapters.attach`; None where the parent's forward calls it. handle: the
+            hook by which it does. prefix_tokens: how many tokens it puts in front of the patches.
     """
 
+    acts: str | None = None
     handle: RemovableHandle | None = None
+    prefix_tokens: int = 0
 
 
 class BottleneckAdapter(PETModule):
@@ -155,6 +159,7 @@ class Prompts(PETModule):
         if num_tokens < 1:
             raise ValueError(f"hidden_dim: expected at least 1 prompt, got {num_tokens}")
         self.position, self.insert, self.dropout = position, insert, float(dropout)
+        self.prefix_tokens = num_tokens if insert else 0
         self.tokens = nn.Parameter(torch.empty(1, num_tokens, dim).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import functools
 import math
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,14 +111,25 @@ class QuantizedLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The initialisation of nn.Linear; also refills the table of levels after ``to_empty``."""
+        """The initialisation of nn.Linear."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        with torch.no_grad():
-            self.table.copy_(torch.tensor(levels(self.bits)))
+        self._fill_table()
+
+    @torch.no_grad()
+    def _fill_table(self) -> None:
+        self.table.copy_(torch.tensor(levels(self.bits)))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        super()._apply(fn, recurse)
+        self._fill_table()  # to_empty leaves anything in it
+        return self
 
     def quantized_weight(self) -> Tensor:
         """(out_features, in_features): what the layer computes with."""
-        return quantize_weight(self.weight, self.bits, self.table)
+        table = (
+            self.table if self.table.device == self.weight.device else None
+        )  # load_state_dict(assign=True) moves the weight alone
+        return quantize_weight(self.weight, self.bits, table)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in_features) → (…, out_features)."""

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from .. import huggingface
 from ..adapters.freezing import freeze as freeze_backbone
-from ..files.checkpoint import write_atomically
-from ..files.saving import _digest
+from ..files.atomic import write_atomically
+from ..files.modelfile import digest_of
 from .config import RetrievalConfig
 from .uniadapter import add_uniadapters
 
@@ -58,7 +58,7 @@ def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def frozen_digest(model: nn.Module) -> str:
     """SHA-256 of what is not tuned."""
-    return _digest({name: p for name, p in model.named_parameters() if not p.requires_grad})
+    return digest_of({name: p for name, p in model.named_parameters() if not p.requires_grad})
 
 
 def save_tuned(model: nn.Module, path: str | Path, config: RetrievalConfig) -> None:

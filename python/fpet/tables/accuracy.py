@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import data
 from ..adapters import AdapterConfig
 from ..data import VTAB_TASKS, PretrainingData, TensorTask
-from ..files.checkpoint import write_atomically
+from ..files.atomic import write_atomically
 from ..train import pretrain
 from ..train.build import reduce_tokens
 from ..train.config import PRESETS, Config, ConfigError

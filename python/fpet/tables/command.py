@@ -31,7 +31,7 @@ from fpet_kernels.provenance import provenance
 from .. import data
 from ..adapters import METHODS
 from ..adapters.freezing import count_parameters
-from ..train.config import REDUCTIONS
+from ..comparators import REDUCTIONS
 from . import accuracy, measure, render
 from .measure import CLOCKS, MODELS, Variant
 from .published import lookup

@@ -19,19 +19,18 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 import fpet
 
 from .. import comparators
-from ..adapters.methods import _FOLD
+from ..adapters.folding import folds
 from ..comparators.ltmp import PENALTY
 from ..measure.flops import flop_counter
 from ..measure.memory import reserved_memory, step_memory
 
 __all__ = [
-    "CLOCKS", "FOLDED", "MODELS", "Backbone", "Variant", "backbone", "build", "complaint", "forward_call", "gmac", "inputs",
+    "CLOCKS", "MODELS", "Backbone", "Variant", "backbone", "build", "complaint", "forward_call", "gmac", "inputs",
     "quotient", "reserved_bytes", "step_call", "take_turns", "training_bytes",
 ]  # fmt: skip
 
 CLASSES = 100  # of CIFAR-100, the first of the VTAB tasks
 DROP_PATH = 0.1  # of the paper's recipe; acts in training alone
-FOLDED = tuple(_FOLD)  # methods that are folded into the backbone before inference is timed
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Call = Callable[[], object]
@@ -106,19 +105,16 @@ def build(base: nn.Module, variant: Variant, *, training: bool, share: bool = Tr
     Args:
         share: weights that are not trained stay in base's memory; otherwise all are copied.
     """
-    folds = not training and variant.method in FOLDED
+    folded = not training and folds(variant.method)
     memo: dict[int, Any] = {}
     for p in base.parameters():  # parameters of its own, as each variant trains others
-        memo[id(p)] = nn.Parameter(p.data if share and not folds else p.data.clone())
+        memo[id(p)] = nn.Parameter(p.data if share and not folded else p.data.clone())
     model = copy.deepcopy(base, memo)
     fpet.add_adapters(model, variant.method)
-    if variant.reduction == "fpet":
-        fpet.apply(model, layer=variant.layer, refinement=True)
-    elif variant.reduction != "none":
-        comparators.apply(model, variant.reduction, variant.layer)
+    comparators.apply_reduction(model, variant.reduction, variant.layer)
     if not training:
         model.eval()
-        if folds:
+        if folded:
             fpet.fold(model)
             if share:  # a fold changes values, which no time depends on, and may add biases
                 for name, p in base.named_parameters():

@@ -13,7 +13,7 @@ from .. import comparators
 from ..adapters import add_adapters
 from ..adapters.freezing import freeze, parameter_roles
 from ..files import saving
-from ..vit.patch import apply, find_model
+from ..vit.patch import find_model
 from . import pretrain
 from .config import EMBEDDED_MODEL, Config, ConfigError
 from .folder import MODEL
@@ -68,10 +68,7 @@ def reduce_tokens(model: nn.Module, config: Config) -> nn.Module:
     layer = depth // 2 if config.layer is None else config.layer
     if layer >= depth:
         raise ConfigError(f"layer: expected a block index in range({depth}), got {layer}")
-    if config.reduction == "fpet":
-        has = getattr(find_model(model).blocks[layer], "refinement", None) is not None  # type: ignore[index]
-        return apply(model, layer, refinement=None if has else refinement)
-    return comparators.apply(
+    return comparators.apply_reduction(
         model, config.reduction, layer, r=config.tome_r, refinement=refinement, target=config.ltmp_target
     )  # fmt: skip
 
@@ -97,15 +94,6 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
 def load_tuned(config: Config, num_classes: int) -> nn.Module:
     """The model that a finished run left in its folder, reducing tokens as ``config`` says."""
     model = saving.load(_backbone(config, num_classes), Path(config.output) / MODEL)
-    if config.reduction == "none":
-        return apply(model, None, refinement=False)
-    if config.reduction in ("fpet", "fpet-no-stop"):
-        blocks: Any = model.blocks
-        refinements = {i: block.refinement for i, block in enumerate(blocks) if getattr(block, "refinement", None) is not None}
-        reduce_tokens(model, config)
-        for i, module in refinements.items():
-            blocks[i].refinement = module
-        return model
     return reduce_tokens(model, config)
 
 

@@ -8,37 +8,25 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..adapters import METHODS, AdapterConfig
+from ..comparators import REDUCTIONS
 from ..data import FAMILIES, task_names
 
 __all__ = ["PRESETS", "REDUCTIONS", "Config", "ConfigError", "add_arguments", "from_arguments"]
 
 EMBEDDED_MODEL = "embedded"
 
-REDUCTIONS = {
-    "fpet": "bipartite differentiable matching with refined keys at one layer",
-    "none": "every token stays",
-    "bsm-checkerboard": "hard bipartite matching at one layer on the checkerboard, without refinement",
-    "bsm": "the same, with every second token as source",
-    "fpet-no-stop": "fpet without gradient stopping: gradients also reach the backbone's keys",
-    "avg-pool": "mean of two neighbours at one layer",
-    "max-pool": "maximum of two neighbours at one layer",
-    "tome": "ToMe: the r most similar pairs at every layer",
-    "ltmp": "LTMP: merging and pruning by learned thresholds in every layer, with the FLOPs of fpet",
-}
-"""What becomes of the tokens on the way through the backbone; all but the first two are comparators."""
-
 
 class ConfigError(ValueError):
     """A setting that can't be, found before any work; one line for each."""
 
 
-def _option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
+def _option(default: Any, text: str, choices: Collection[str] | None = None) -> Any:
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
@@ -70,13 +58,13 @@ class Config:
     pretrained: bool = _option(True, "load pre-trained weights; without, the backbone is random")
     pretrain_steps: int = _option(600, "steps of 48 images in which the embedded backbone is pre-trained")
 
-    method: str = _option("bi-adaptformer", "tuning method", tuple(METHODS))
+    method: str = _option("bi-adaptformer", "tuning method", METHODS)
     hidden_dim: int | None = _option(None, "width of its bottleneck; none: the method's own")
     scale: float | None = _option(None, "s, what the method's output is multiplied by; none: the method's own")
     bits: int | None = _option(None, "of the method's weights; none: the method's own")
     dropout: float | None = _option(None, "in the method; none: its own")
 
-    reduction: str = _option("fpet", "what becomes of the tokens", tuple(REDUCTIONS))
+    reduction: str = _option("fpet", "what becomes of the tokens", REDUCTIONS)
     layer: int | None = _option(None, "0-based block that merges; none: the middle one")
     tome_r: int = _option(8, "pairs that ToMe merges in each block")
     ltmp_target: float | None = _option(None, "part of the blocks' FLOPs that LTMP learns to spend; none: what fpet spends")

@@ -7,7 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ..files.checkpoint import checkpoints, write_atomically
+from ..files.atomic import write_atomically
+from ..files.checkpoint import checkpoints
 from .processes import first_decides, place
 
 __all__ = ["MODEL", "SETTINGS", "claim", "is_held"]

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data import epoch_order
 from ..files import checkpoint
+from ..files.atomic import write_atomically
 from . import sharding
 from .processes import first_decides, gather, place
 from .progress import Progress
@@ -242,9 +243,7 @@ class Loop:
         if self.epoch % self.plan.checkpoint_epochs == 0 or self.epoch == self.plan.epochs:
             self._checkpoint()
         elif self.rank == 0:
-            self._write(
-                "log.csv", lambda folder: checkpoint.write_atomically(folder / "log.csv", _as_csv(self.history).encode())
-            )
+            self._write("log.csv", lambda folder: write_atomically(folder / "log.csv", _as_csv(self.history).encode()))
         if writer is not None:
             for name, value in row.items():
                 if name not in ("epoch", "step"):
@@ -268,7 +267,7 @@ class Loop:
 
         def write(folder: Path) -> None:
             checkpoint.write(folder, self.at.total, state, self.plan.keep_checkpoints)
-            checkpoint.write_atomically(folder / "log.csv", _as_csv(self.history).encode())
+            write_atomically(folder / "log.csv", _as_csv(self.history).encode())
 
         self._write("checkpoint", write)
 

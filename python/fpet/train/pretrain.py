@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from ..data import PretrainingData
 from ..files import checkpoint
-from ..files.checkpoint import write_atomically
+from ..files.atomic import write_atomically
 from .progress import Progress
 
 __all__ = ["FILE", "description", "embedded_backbone", "ensure", "load_backbone", "pretrain", "save_backbone"]

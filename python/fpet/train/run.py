@@ -25,7 +25,7 @@ from ..adapters.freezing import count_parameters
 from ..comparators.ltmp import PENALTY
 from ..data import Splits, batches
 from ..files import saving
-from ..files.checkpoint import write_atomically
+from ..files.atomic import write_atomically
 from . import pretrain, sharding
 from .build import build_model, embedded_weights, rehearse
 from .config import EMBEDDED_MODEL, REDUCTIONS, Config, ConfigError

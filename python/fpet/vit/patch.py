@@ -64,6 +64,7 @@ def apply(
             value. Nothing is changed then.
     """
     inner: Any = find_model(model)
+    _refuse_reduced(inner)
     layers = check_layers(layer, len(inner.blocks))
     form = attention_form(proportional_attention)
     check_similarity(similarity)
@@ -95,6 +96,7 @@ def remove(model: nn.Module) -> nn.Module:
     inner = _patched(model)
     if inner is None:
         return model
+    _refuse_reduced(inner)
     if not TIMM_MODELS.known(inner):  # fully_shard made a subclass of ours
         raise TypeError(
             f"model: {type(inner).__name__} was wrapped after fpet.apply; use fpet.apply(model, layer=None) to stop merging"
@@ -151,6 +153,11 @@ def find_model(model: nn.Module) -> nn.Module:
     if reason is None:
         reason = f"no knowledge of it; known are {TIMM_MODELS.names()}"
     raise TypeError(f"model: {name} can't be merged: {reason}")
+
+
+def _refuse_reduced(inner: Any) -> None:
+    if (reduction := getattr(inner, "fpet_reduction", None)) is not None:
+        raise TypeError(f"model: reduces its tokens by {reduction.name!r}: fpet.comparators.remove_reduction(model) first")
 
 
 def _patched(model: nn.Module) -> Any:

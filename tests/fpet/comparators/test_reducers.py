@@ -16,9 +16,10 @@ from torch import Tensor, nn
 import fpet
 from fpet import comparators
 from fpet.comparators.ltmp import PENALTY, Thresholds
-from fpet.comparators.reducers import COMPARATORS, Matching, Pooling, ToMe, _Tokens
-from fpet.train.config import REDUCTIONS
+from fpet.comparators.reducers import AveragePooling, MaximumPooling, SoftMatching, ToMe
+from fpet.comparators.registry import REDUCTIONS, Tokens
 
+COMPARATORS = [name for name in REDUCTIONS if name != "fpet"]
 TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, num_classes=5)
 LEFT = {
     "none": 16,
@@ -49,11 +50,7 @@ def reduced(reducer: comparators.Reducer, n: int, prefix: int = 1, sized: bool =
     g = torch.Generator().manual_seed(n)
     x, key = torch.randn(2, n, 6, generator=g), torch.randn(2, 2, n, 4, generator=g)
     size = torch.randint(1, 4, (2, n, 1), generator=g).float() if sized else torch.ones(2, n, 1)
-    return x, key, size, reducer(_Tokens(x, size, prefix, None), key, None)
-
-
-def test_every_way_that_a_run_can_reduce_tokens_is_here() -> None:
-    assert {*COMPARATORS, "fpet"} == set(REDUCTIONS)
+    return x, key, size, reducer(Tokens(x, size, prefix, None), key, None)
 
 
 @pytest.mark.parametrize("name", COMPARATORS)
@@ -61,7 +58,7 @@ def test_every_way_that_a_run_can_reduce_tokens_is_here() -> None:
 def test_every_comparator_runs_and_restores(name: str) -> None:
     model = build()
     plain, weights, classes = model(images()), dict(model.state_dict()), [type(m) for m in model.modules()]
-    comparators.apply(model, name, layer=1, r=2)
+    comparators.apply_reduction(model, name, layer=1, r=2)
     for block in model.blocks if name == "ltmp" else ():
         block.thresholds.merge.fill_(2)  # nothing is merged, nothing pruned
     found = fpet.merged_features(model, images())
@@ -75,25 +72,30 @@ def test_every_comparator_runs_and_restores(name: str) -> None:
     assert [tuple(m.shape) for m in maps] == [(3, 32, 4, 4)] * 4
     same = torch.allclose(model(images()), plain, atol=1e-5)
     assert same == (name in ("none", "ltmp"))
-    comparators.remove(model)
+    comparators.remove_reduction(model)
     assert torch.equal(model(images()), plain) and model.state_dict().keys() == weights.keys()
     assert [type(m) for m in model.modules()] == classes
 
 
-@pytest.mark.parametrize(("n", "prefix", "r"), [(17, 1, 3), (16, 0, 8), (18, 2, 5), (12, 1, 99)])
+@pytest.mark.parametrize(("n", "prefix", "r"), [(17, 1, 3), (16, 0, 8), (16, 0, 3), (18, 2, 5), (12, 1, 99)])
 def test_tome_against_a_loop(n: int, prefix: int, r: int) -> None:
+    """As published: even numbers, the class token's 0 among them, are sources; then sources that are left, then destinations."""
     x, key, size, out = reduced(ToMe(r), n, prefix)
     mean = key.mean(1)
     for i in range(2):
-        a, b = list(range(prefix, n, 2)), list(range(prefix + 1, n, 2))
+        a = [t for t in range(0, n, 2) if t >= prefix]
+        b = [t for t in range(1, n, 2) if t >= prefix]
         score = {(s, d): torch.cosine_similarity(mean[i, s], mean[i, d], dim=0).item() for s in a for d in b}
         best = {s: max(b, key=lambda d, s=s: score[s, d]) for s in a}
-        merged = sorted(a, key=lambda s: -score[s, best[s]])[: min(r, len(b))]
-        groups = {t: [t] for t in range(n) if t not in merged}
+        ranked = sorted(a, key=lambda s: -score[s, best[s]])
+        merged, left = ranked[: min(r, (n - prefix) // 2)], ranked[min(r, (n - prefix) // 2) :]
+        order = [*range(prefix), *(sorted(left) if prefix else left), *b]
+        groups = {t: [t] for t in order}
         for s in merged:
             groups[best[s]].append(s)
-        assert out.tokens.shape[1] == len(groups)
-        for place, (t, members) in enumerate(sorted(groups.items())):
+        assert out.tokens.shape[1] == len(order)
+        for place, t in enumerate(order):
+            members = groups[t]
             weight = size[i, members]
             torch.testing.assert_close(out.tokens[i, place], (x[i, members] * weight).sum(0) / weight.sum(), msg=f"token {t}")
             assert out.size[i, place] == weight.sum()
@@ -103,7 +105,7 @@ def test_tome_against_a_loop(n: int, prefix: int, r: int) -> None:
 @pytest.mark.parametrize("n", [17, 16])
 @pytest.mark.parametrize("maximum", [False, True])
 def test_pooling_against_a_loop(n: int, maximum: bool) -> None:
-    x, _, size, out = reduced(Pooling(maximum), n)
+    x, _, size, out = reduced(MaximumPooling() if maximum else AveragePooling(), n)
     groups = [[0]] + [list(range(t, min(t + 2, n))) for t in range(1, n, 2)]
     for place, members in enumerate(groups):
         expected = x[:, members].amax(1) if maximum else x[:, members].mean(1)
@@ -112,22 +114,23 @@ def test_pooling_against_a_loop(n: int, maximum: bool) -> None:
         assert (out.match[:, members] == place).all()
 
 
-def test_matching_of_alternating_tokens_is_tome_that_merges_every_source() -> None:
-    _, _, _, matched = reduced(Matching(checkerboard=False), 17)
-    _, _, _, merged = reduced(ToMe(8), 17)
-    torch.testing.assert_close(matched.tokens, merged.tokens)
-    assert torch.equal(matched.size, merged.size) and torch.equal(matched.match, merged.match)
+@pytest.mark.parametrize(("n", "prefix", "left"), [(17, 1, 9), (16, 1, 9), (18, 2, 10), (16, 0, 8)])
+def test_soft_matching_at_one_layer_merges_every_source(n: int, prefix: int, left: int) -> None:
+    _, _, _, out = reduced(SoftMatching(None), n, prefix)
+    assert out.tokens.shape[1] == left
+    b = [t for t in range(1, n, 2) if t >= prefix]
+    assert out.match[:, b].tolist() == [list(range(prefix, left))] * 2
 
 
 @torch.no_grad()
 def test_the_checkerboard_without_refinement_is_fpet_without_it() -> None:
-    expected, found = fpet.apply(build(), layer=2), comparators.apply(build(), "bsm-checkerboard", layer=2)
+    expected, found = fpet.apply(build(), layer=2), comparators.apply_reduction(build(), "bsm-checkerboard", layer=2)
     torch.testing.assert_close(found(images()), expected(images()))
 
 
 def test_without_gradient_stopping_only_the_keys_gradient_differs() -> None:
     expected = fpet.apply(build(), layer=2, refinement={"dropout": 0.0})
-    found = comparators.apply(build(), "fpet-no-stop", layer=2, refinement={"dropout": 0.0})
+    found = comparators.apply_reduction(build(), "fpet-no-stop", layer=2, refinement={"dropout": 0.0})
     found.blocks[2].refinement.load_state_dict(expected.blocks[2].refinement.state_dict())
     outputs = [model(images()) for model in (expected, found)]
     torch.testing.assert_close(outputs[1], outputs[0])
@@ -149,7 +152,7 @@ def test_gradients_with_adapters_and_checkpointing(name: str) -> None:
         model = build()
         torch.manual_seed(1)
         fpet.add_adapters(model, "adaptformer", hidden_dim=2)
-        comparators.apply(model, name, layer=1, refinement={"dropout": 0.0})
+        comparators.apply_reduction(model, name, layer=1, refinement={"dropout": 0.0})
         fpet.freeze(model)
         with torch.no_grad():
             for n, p in model.named_parameters():
@@ -171,7 +174,7 @@ def test_gradients_with_adapters_and_checkpointing(name: str) -> None:
 
 
 def ltmp(merge: float, prune: float, **arguments: Any) -> nn.Module:
-    model = comparators.apply(build(**arguments), "ltmp", layer=1)
+    model = comparators.apply_reduction(build(**arguments), "ltmp", layer=1)
     for i, block in enumerate(model.blocks):
         block.thresholds.merge.data.fill_(merge + 0.02 * i)
         block.thresholds.prune.data.fill_(prune + 0.02 * i)
@@ -273,13 +276,13 @@ def test_ltmp_flops_count_the_tokens_that_are_left(prune: bool) -> None:
 def test_ltmp_is_given_what_fpet_spends() -> None:
     """ViT-B/16 merging in block 6: 13.4 of 17.6 GMAC, patch embedding and head not counted."""
     vit = timm.create_model("vit_base_patch16_224", depth=12)
-    assert comparators.flops_target(comparators.apply(vit, "ltmp", layer=6)) == pytest.approx(13.4 / 17.5, abs=0.01)
-    assert comparators.flops_target(comparators.apply(vit, "ltmp", target=0.5)) == 0.5
-    assert comparators.flops_target(comparators.apply(vit, "avg-pool")) is None
+    assert comparators.flops_target(comparators.apply_reduction(vit, "ltmp", layer=6)) == pytest.approx(13.4 / 17.5, abs=0.01)
+    assert comparators.flops_target(comparators.apply_reduction(vit, "ltmp", target=0.5)) == 0.5
+    assert comparators.flops_target(comparators.apply_reduction(vit, "avg-pool")) is None
 
 
 def test_ltmp_reaches_its_target() -> None:
-    model = comparators.apply(build(), "ltmp", target=0.6).train()
+    model = comparators.apply_reduction(build(), "ltmp", target=0.6).train()
     parameters = [p for n, p in model.named_parameters() if "thresholds" in n]
     optimizer = torch.optim.AdamW(parameters, lr=0.02)
     for _ in range(60):
@@ -303,7 +306,7 @@ def test_ltmp_unmerges_what_is_left_and_zeros_the_rest() -> None:
 
 def test_ltmp_copies_and_is_saved(tmp_path: Path) -> None:
     model = fpet.add_adapters(build(), "lora", hidden_dim=2)
-    comparators.apply(model, "ltmp", layer=1)
+    comparators.apply_reduction(model, "ltmp", layer=1)
     for block in model.blocks:
         block.thresholds.merge.data.fill_(0.4)
     expected = model(images())
@@ -312,7 +315,8 @@ def test_ltmp_copies_and_is_saved(tmp_path: Path) -> None:
         twin.blocks[0].thresholds.merge.data.fill_(2.0)
         assert not torch.equal(twin(images()), expected) and torch.equal(model(images()), expected)
     fpet.save(model, tmp_path / "ltmp.safetensors")
-    loaded = comparators.apply(fpet.load(build(), tmp_path / "ltmp.safetensors"), "ltmp", layer=1)
+    loaded = fpet.load(build(), tmp_path / "ltmp.safetensors")
+    assert loaded.fpet_reduction == model.fpet_reduction
     torch.testing.assert_close(loaded.eval()(images()), expected)
     fpet.remove_adapters(loaded)
     assert loaded.blocks[0].thresholds.merge == 0.4
@@ -320,22 +324,22 @@ def test_ltmp_copies_and_is_saved(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_applying_another_replaces_the_first() -> None:
-    twice = comparators.apply(comparators.apply(build(), "tome"), "avg-pool")
-    assert torch.equal(twice(images()), comparators.apply(build(), "avg-pool")(images()))
+    twice = comparators.apply_reduction(comparators.apply_reduction(build(), "tome"), "avg-pool")
+    assert torch.equal(twice(images()), comparators.apply_reduction(build(), "avg-pool")(images()))
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match=r"name: expected one of none, bsm.*got 'magic'"):
-        comparators.apply(build(), "magic")
+    with pytest.raises(ValueError, match=r"name: expected one of fpet, none.*got 'magic'"):
+        comparators.apply_reduction(build(), "magic")
     with pytest.raises(ValueError, match=r"layer: expected a block index in range\(4\), got 4"):
-        comparators.apply(build(), "bsm", layer=4)
+        comparators.apply_reduction(build(), "bsm", layer=4)
     with pytest.raises(ValueError, match="r: expected at least 1, got 0"):
-        comparators.apply(build(), "tome", r=0)
+        comparators.apply_reduction(build(), "tome", r=0)
     with pytest.raises(ValueError, match=r"target: expected a part of the FLOPs in \(0, 1\], got 2"):
-        comparators.apply(build(), "ltmp", target=2.0)
+        comparators.apply_reduction(build(), "ltmp", target=2.0)
     with pytest.raises(TypeError, match="pooling by class token"):
-        comparators.apply(build(class_token=False, global_pool="max"), "ltmp")
+        comparators.apply_reduction(build(class_token=False, global_pool="max"), "ltmp")
     with pytest.raises(TypeError, match="expected timm's VisionTransformer, got Eva"):
-        comparators.apply(timm.create_model("eva02_tiny_patch14_224", depth=1), "bsm")
+        comparators.apply_reduction(timm.create_model("eva02_tiny_patch14_224", depth=1), "bsm")
     with pytest.raises(ValueError, match="attn_mask"):
-        comparators.apply(build(), "bsm")(images(), attn_mask=torch.zeros(17, 17))
+        comparators.apply_reduction(build(), "bsm")(images(), attn_mask=torch.zeros(17, 17))
