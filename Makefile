@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup test ctest ctest-sanitize ctest-arm pytest pytest-emulated lint bench test-abi clean distclean
+.PHONY: help setup test test-all ctest ctest-sanitize ctest-arm pytest pytest-emulated lint bench test-abi clean distclean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,61 +12,95 @@ BENCH_ARGS ?=
 TORCH_ABI ?= 2.13.0
 OUT ?= benchmarks/results
 export FPET_NATIVE ?= 1
-# CUDA kernels, where nvcc is: for two architectures and the GPU that is here. make FPET_CUDA_ARCHS= … builds for all, in minutes.
+# CUDA kernels need minutes of nvcc: benchmarks have them where a GPU is, tests where nvcc is, both when asked by FPET_CUDA=1. For two
+# architectures and the GPU that is here; make FPET_CUDA_ARCHS= … builds for all.
 GPU_HERE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | sed 's/[.]//; s/^90$$/90a/; s/$$/-real/' | sort -u)
+WITH_CUDA = $(or $(FPET_CUDA),auto)
 export FPET_CUDA_ARCHS ?= 80-real 90a-real $(GPU_HERE)
 export PATH := $(PATH)$(patsubst %/,:%,$(dir $(wildcard /usr/local/cuda/bin/nvcc)))
 
 ifdef FPET_PYTHON
 PY := $(FPET_PYTHON)
-READY := build/.ready
+STAMPS := build
 export PYTHONPATH := $(CURDIR):$(CURDIR)/python
 else
 PY := $(CURDIR)/$(VENV)/bin/python
-READY := $(VENV)/.ready
+STAMPS := $(VENV)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 endif
+LIBRARY := $(STAMPS)/.library
+CUDA := $(STAMPS)/.cuda
+READY := $(STAMPS)/.ready
 NATIVE := CMakeLists.txt setup.py build_backend.py $(shell find csrc -type f)
 
 help:
-	@echo "make test         C++ tests (plain, with sanitizers), then pytest"
 	@echo "make bench        benchmarks/kernel_vs_ref.py; BENCH_ARGS='--plot' and so on"
+	@echo "make test         C++ tests (plain, with sanitizers), then pytest, on two cores"
+	@echo "make test-all     the same with the wide sweeps that make test leaves out: more sizes, dtypes and models of the same kinds"
 	@echo "make lint         the pre-commit hooks on all files"
 	@echo "make test-abi     the wheel built here, tested under torch $(TORCH_ABI) (TORCH_ABI=…)"
 	@echo "make ctest-arm    C++ tests cross-compiled for 64-bit Arm, run by qemu (g++-aarch64-linux-gnu, qemu-user)"
 	@echo "make gpu-check    gpu-doctor, -test, -ctest, -sanitize, -bench on the GPU of this machine; rows and logs into OUT"
 	@echo "make gpu-tune     Triton configurations for the GPU of this machine"
 	@echo "make setup        only .venv and the native library; make clean, make distclean (.venv too)"
+	@echo "FPET_CUDA=1       before bench or setup: CUDA kernels too, where no GPU is"
 
-setup: $(READY)
+setup: $(READY) $(if $(GPU_HERE)$(filter 1,$(FPET_CUDA)),$(CUDA))
+
+# --- what has to be installed, step by step ----------------------------------------------------------------------------------
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) must be 3.10 or later: make PYTHON=…"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "make: venv is missing: apt install python3-venv"; exit 1; }
-	$(VENV)/bin/python -m pip install --quiet torch torchvision timm triton 'setuptools>=77' 'cmake>=3.20' ninja 'pybind11>=2.12'
+	@echo "make: torch, timm and build tools go into $(VENV); this waits for the download of up to 3 GB"
+	$(VENV)/bin/python -m pip install --quiet --no-compile torch torchvision timm 'setuptools>=77' 'cmake>=3.20' ninja 'pybind11>=2.12'
 	@touch $@
 
-$(VENV)/.ready: $(VENV)/.torch pyproject.toml $(NATIVE) $(wildcard python/fpet/__init__.py)
-	$(VENV)/bin/python -m pip install --quiet --no-build-isolation --editable '.[bench,dev,fpet,timm,triton]'
+$(VENV)/.library: $(VENV)/.torch pyproject.toml $(NATIVE) $(wildcard python/fpet/__init__.py)
+	@echo "make: the native library and what benchmarks need; this waits for the C++ compiler, a minute on two cores"
+	FPET_CUDA=0 $(VENV)/bin/python -m pip install --quiet --no-build-isolation --editable '.[bench]'
 	@touch $@
 
-build/.ready: $(NATIVE)
+$(VENV)/.ready: $(VENV)/.library
+	@echo "make: what tests and linters need; this waits for downloads"
+	FPET_CUDA=0 $(VENV)/bin/python -m pip install --quiet --no-build-isolation --editable '.[dev,fpet,triton]'
+	@touch $@
+
+build/.library: $(NATIVE)
 	@mkdir -p build
-	@if type cmake ninja c++ &> /dev/null; then $(PY) setup.py --quiet build_ext --inplace; \
+	@if type cmake ninja c++ &> /dev/null; then FPET_CUDA=0 $(PY) setup.py --quiet build_ext --inplace; \
 	else echo "make: cmake, ninja or c++ is missing here: taking the native library that is already there, if any"; fi
 	@touch $@
 
+build/.ready: build/.library
+	@touch $@
+
+$(CUDA): $(LIBRARY)
+	@if [[ "$(WITH_CUDA)" == 0 ]] || { [[ "$(WITH_CUDA)" == auto ]] && ! type nvcc &> /dev/null; }; then \
+	  echo '!!! NOT CHECKED: that nvcc compiles the CUDA kernels, and their machine code. No nvcc here, or FPET_CUDA=0. !!!' >&2; \
+	elif type cmake ninja c++ &> /dev/null; then echo "make: CUDA kernels for $(FPET_CUDA_ARCHS); this waits for nvcc, some minutes"; \
+	  set -x; FPET_CUDA=$(WITH_CUDA) $(PY) setup.py --quiet build_ext --inplace; fi
+	@touch $@
+
+# --- tests -------------------------------------------------------------------------------------------------------------------
+
 test: ctest ctest-sanitize pytest pytest-emulated
+
+test-all: export FPET_TEST_ALL := 1
+test-all: test
 
 # $(call run_ctest,folder,options)
 run_ctest = cmake -G Ninja -S . -B $(1) -DFPET_BUILD_OPS=OFF -DFPET_BUILD_TESTS=ON $(2) && cmake --build $(1) && ctest --test-dir $(1) --output-on-failure --parallel 2
 
-# Also the torch operators over emulated CUDA kernels, for pytest-emulated; and the CUDA tests, which say that they were skipped.
-ctest: $(READY)
-	@type nvcc &> /dev/null || echo '!!! NOT CHECKED: that nvcc compiles the CUDA kernels, and their machine code. No nvcc here. !!!' >&2
-	$(call run_ctest,build/ctest,-DCMAKE_BUILD_TYPE=Release $(with_ops) $(if $(GPU_HERE),,-DFPET_CUDA_ARCHITECTURES=80-real))
-
-with_ops = -DFPET_BUILD_OPS=ON -DFPET_TORCH_DIR=$$($(PY) -c 'import build_backend; print(build_backend.find_torch())')
+# In the folders that the libraries were compiled in: kernels are compiled once. Also the torch operators over emulated CUDA kernels,
+# for pytest-emulated; and the tests for a GPU, which say that they were skipped where there is none.
+folder = $(shell $(PY) -c 'import json; print(json.load(open("fpet_kernels/_build_info.json"))$(1).get("folder", ""))')
+FOLDER = $(call folder,)
+GPU_FOLDER = $(call folder,["cuda"])
+ctest: $(READY) $(CUDA)
+	$(call run_ctest,$(FOLDER),-DFPET_BUILD_OPS=ON)
+	@if [[ -n "$(GPU_FOLDER)" ]]; then set -x; cmake -DFPET_BUILD_TESTS=ON $(GPU_FOLDER) > /dev/null && \
+	  cmake --build $(GPU_FOLDER) --target gpu_tests && ctest --test-dir $(GPU_FOLDER) -L gpu_tests --output-on-failure; fi
 
 ctest-sanitize: $(READY)
 	$(call run_ctest,build/ctest-sanitize,-DCMAKE_BUILD_TYPE=RelWithDebInfo '-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g1' -DFPET_SANITIZE=address$(comma)undefined)
@@ -77,24 +111,31 @@ ctest-arm: $(READY)
 
 comma := ,
 
-pytest: $(READY)
-	FPET_REQUIRE_BACKENDS=cpu $(PY) -m pytest -q
-	@if compgen -G 'tests/test_triton*.py' > /dev/null; then set -x; TRITON_INTERPRET=1 $(PY) -m pytest -q tests/test_triton*.py; fi
+# Two processes of one thread each, where pytest-xdist is; then, one by one, what measures memory or wants both cores.
+PYTEST = $(PY) -m pytest -q
+TWO = $(shell $(PY) -c 'import xdist' 2> /dev/null && echo '-n 2 --dist worksteal')
+pytest: export FPET_REQUIRE_BACKENDS := cpu
+pytest: $(READY) $(CUDA)
+	OMP_NUM_THREADS=1 $(PYTEST) $(TWO) -m 'not alone'
+	$(PYTEST) -m alone
+	@if compgen -G 'tests/test_triton*.py' > /dev/null; then set -x; \
+	  OMP_NUM_THREADS=1 TRITON_INTERPRET=1 FPET_REQUIRE_BACKENDS=triton $(PYTEST) $(TWO) tests/test_triton*.py; fi
 
 # The contract on the CUDA kernels compiled for the host, through the binding: no GPU, no nvcc.
-EMULATED := $(CURDIR)/build/ctest/libfpet_cuda_emulated_ops.so
+EMULATED = $(CURDIR)/$(FOLDER)/libfpet_cuda_emulated_ops.so
 pytest-emulated: $(READY)
 	@test -e $(EMULATED) || { echo "make: make ctest builds what this runs" >&2; exit 1; }
-	FPET_EMULATED_CUDA=$(EMULATED) $(PY) -m pytest -q -k cuda-cpu tests/test_conservation.py tests/test_cuda.py tests/test_errors.py \
-	  tests/test_golden.py tests/test_gradients.py tests/test_heads.py tests/test_properties.py tests/test_split.py
+	OMP_NUM_THREADS=1 FPET_EMULATED_CUDA=$(EMULATED) $(PYTEST) $(TWO) -k cuda-cpu tests/test_conservation.py tests/test_cuda.py \
+	  tests/test_errors.py tests/test_golden.py tests/test_gradients.py tests/test_heads.py tests/test_properties.py tests/test_split.py
 
 lint: $(if $(wildcard $(READY)),,$(READY)) # needs the tools, not the latest library
 	PRE_COMMIT_HOME=$(CURDIR)/$(VENV)/pre-commit pre-commit run --all-files --show-diff-on-failure
 
-bench: $(READY)
+bench: $(LIBRARY) $(if $(GPU_HERE)$(filter 1,$(FPET_CUDA)),$(CUDA))
 	$(PY) benchmarks/kernel_vs_ref.py $(BENCH_ARGS)
 
 include benchmarks/gpu.mk
+gpu-doctor gpu-test gpu-ctest gpu-bench gpu-tune: $(CUDA)
 
 # The wheel is built against the torch of .venv; tests are copied away, so that the source tree can't be imported.
 test-abi: $(READY)
@@ -108,7 +149,7 @@ test-abi: $(READY)
 
 clean:
 	rm -rf build dist *.egg-info fpet_kernels/*.so fpet_kernels/_build_info.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f $(VENV)/.ready
+	rm -f $(VENV)/.library $(VENV)/.ready $(VENV)/.cuda
 
 distclean: clean
 	rm -rf $(VENV)

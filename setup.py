@@ -74,6 +74,19 @@ def run(*command: str | Path) -> list[str]:
     return lines
 
 
+def revision() -> dict[str, object]:
+    """Commit of the checkout, for rows measured by an installation (fpet_kernels/provenance.py); nothing outside of one."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        return {}
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, errors="replace")
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))} if commit else {}
+
+
 def remove(folder: Path, *patterns: str) -> None:
     for path in (path for pattern in patterns for path in folder.glob(pattern)):
         path.unlink()
@@ -98,18 +111,21 @@ class Build:
         self.compiler, self.torch = compiler, torch
         self.cmake, self.ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
 
-    def run(self, prefix: Path, component: str, target: str, *options: str, **chosen: object) -> list[str]:
-        """Configures, compiles ``target`` and installs ``component`` under ``prefix``/fpet_kernels; returns what CMake said."""
+    def run(self, prefix: Path, component: str, targets: list[str], *options: str, **chosen: object) -> tuple[Path, list[str]]:
+        """Configures, compiles ``targets`` and installs ``component`` under ``prefix``/fpet_kernels.
+
+        Returns the folder it was compiled in, where `make ctest` finds the objects, and what CMake said.
+        """
         given = {name: os.environ.get(name) for name in ("CXXFLAGS", "CMAKE_ARGS")}
         key = json.dumps([self.compiler, str(self.torch), given, sys.implementation.cache_tag, chosen])
-        folder = ROOT / "build" / f"{target.replace('all', 'native')}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+        folder = ROOT / "build" / f"{targets[0]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
         common = [f"-DCMAKE_MAKE_PROGRAM={self.ninja}", "-DCMAKE_BUILD_TYPE=Release", f"-DFPET_TORCH_DIR={self.torch}"]
         jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         arguments = shlex.split(os.environ.get("CMAKE_ARGS", ""))
         said = run(self.cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, *common, *options, *arguments)
-        run(self.cmake, "--build", folder, "--target", target, *jobs)
+        run(self.cmake, "--build", folder, "--target", *targets, *jobs)
         run(self.cmake, "--install", folder, "--component", component, "--prefix", prefix)
-        return said
+        return folder, said
 
     def cpu(self, prefix: Path) -> dict[str, object]:
         """Builds the CPU library and the introspection module; returns the facts worth recording."""
@@ -120,11 +136,13 @@ class Build:
             options += [f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}"] if introspection else []
         except ImportError:
             introspection = False
-        self.run(prefix, "python", "all", *options, f"-DFPET_INTROSPECT={'ON' if introspection else 'OFF'}")
+        targets = ["fpet_ops", "_introspect"] if introspection else ["fpet_ops"]
+        folder, _ = self.run(prefix, "python", targets, *options, f"-DFPET_INTROSPECT={'ON' if introspection else 'OFF'}")
         if not introspection:
             remove(prefix / "fpet_kernels", "_introspect.*.so")
         version = subprocess.run([*self.compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
-        return {"compiler": version.partition("\n")[0], "torch": torch_version(self.torch), "introspection": introspection}
+        return {"compiler": version.partition("\n")[0], "torch": torch_version(self.torch), "introspection": introspection,
+                "folder": folder.relative_to(ROOT).as_posix()}  # fmt: skip
 
     def cuda(self, prefix: Path) -> dict[str, object]:
         """Builds the library of CUDA kernels."""
@@ -142,8 +160,9 @@ class Build:
         if os.environ.get("CXX") and not os.environ.get("CUDAHOSTCXX"):
             options.append(f"-DCMAKE_CUDA_HOST_COMPILER={shutil.which(self.compiler[-1]) or self.compiler[-1]}")
         archs = {name: os.environ.get(name) for name in ("FPET_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CUDAHOSTCXX")}
-        said = self.run(prefix, "python_cuda", "fpet_cuda_ops", *options, nvcc=nvcc, **archs)
-        return {"nvcc": nvcc, **next(m.groupdict() for line in said if (m := ANNOUNCED.search(line)))}
+        folder, said = self.run(prefix, "python_cuda", ["fpet_cuda_ops"], *options, nvcc=nvcc, **archs)
+        facts = next(m.groupdict() for line in said if (m := ANNOUNCED.search(line)))
+        return {"nvcc": nvcc, **facts, "folder": folder.relative_to(ROOT).as_posix()}
 
 
 class BuildNative(build_ext):
@@ -171,12 +190,14 @@ class BuildNative(build_ext):
         cuda = attempt("FPET_CUDA", Build.cuda, "libfpet_cuda_ops.so")
         self.say("native C++ library", cpu, "Tensors on the CPU take the pure-PyTorch path: right, but slower.")
         self.say("library of CUDA kernels", cuda, "Tensors on a GPU take Triton where it is installed.")
-        self.info = {"native": cpu.pop("built"), **cpu, "cuda": cuda}
+        self.info = {"native": cpu.pop("built"), **cpu, "cuda": cuda, **revision()}
         (package / "_build_info.json").write_text(json.dumps(self.info, indent=1) + "\n")
 
     @staticmethod
     def say(what: str, outcome: dict[str, object], otherwise: str) -> None:
-        if outcome["built"]:
+        if "=0 was set" in str(outcome.get("reason")):
+            print(f"fpet_kernels: no {what}: {outcome['reason']}", flush=True)
+        elif outcome["built"]:
             how = ", ".join(f"{key} {value}" for key, value in outcome.items() if key != "built")
             print(f"fpet_kernels: built the {what}: {how}", flush=True)
         else:

@@ -3,6 +3,7 @@
 Tests ask for ``backend, device`` (every backend that runs here, on every device it runs on), ``fused, device`` (the same
 without the reference) or ``cuda, device`` (that one alone). ``FPET_REQUIRE_BACKENDS="cpu,triton"`` makes a missing backend an
 error instead of fewer tests.
+``FPET_TEST_ALL=1`` (``make test-all``) also runs what is marked ``sweep``: more cases of kinds that others cover.
 ``FPET_EMULATED_CUDA`` names a library of CUDA kernels compiled for the host (csrc/tests/cuda_emulator.h): backend "cuda" then runs on
 CPU tensors too, slowly, as Triton's does under ``TRITON_INTERPRET=1``.
 """
@@ -78,6 +79,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             return
     if "device" in metafunc.fixturenames:
         metafunc.parametrize("device", devices())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("FPET_TEST_ALL", "") not in ("", "0"):
+        return
+    left = [item for item in items if item.get_closest_marker("sweep")]
+    if left:
+        items[:] = [item for item in items if not item.get_closest_marker("sweep")]
+        config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -93,6 +94,11 @@ class Problem:
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(repr(self))  # hypothesis would print every element
+
+
+def sweep(*values: Any, id: str | None = None) -> Any:
+    """A case that ``make test`` leaves to ``make test-all``, because others check the same kind of thing."""
+    return pytest.param(*values, marks=pytest.mark.sweep, id=id)
 
 
 def size_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -345,6 +345,7 @@ os._exit(0)  # a thread of gloo's that outlives the interpreter would abort the 
 """
 
 
+@pytest.mark.alone
 def test_ddp(backend, device, max_tokens, tmp_path):
     """Two processes over gloo: the gradients of half the batch each, averaged, are half those of the whole."""
     if device != "cpu" or max_tokens < 100:

@@ -18,6 +18,8 @@ import torch
 from fpet_kernels import checkerboard
 from support import full_problem, run
 
+pytestmark = pytest.mark.alone
+
 SCRIPT = """
 import sys
 import json

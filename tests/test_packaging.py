@@ -56,6 +56,7 @@ def tree(tmp_path: Path) -> Path:
     return Path(shutil.copytree(ROOT, tmp_path / "tree", ignore=LEFT_BEHIND))
 
 
+@pytest.mark.alone
 def test_sdist_builds_a_wheel_that_works(tree: Path, tmp_path: Path) -> None:
     run(sys.executable, "-c", f"import build_backend; build_backend.build_sdist({str(tmp_path)!r})", cwd=tree)
     (sdist,) = tmp_path.glob("*.tar.gz")
@@ -65,11 +66,11 @@ def test_sdist_builds_a_wheel_that_works(tree: Path, tmp_path: Path) -> None:
     packed = {str(p.relative_to(source)) for p in source.rglob("*") if p.is_file()}
     needed = {
         str(p.relative_to(tree))
-        for folder in ("csrc", "fpet_kernels", "python")
+        for folder in ("benchmarks", "csrc", "docs", "fpet_kernels", "python", "tests")
         for p in (tree / folder).rglob("*")
         if p.is_file()
     }
-    needed |= {"CMakeLists.txt", "LICENSE", "README.md", "build_backend.py", "pyproject.toml", "setup.py"}
+    needed |= {"CMakeLists.txt", "LICENSE", "Makefile", "README.md", "build_backend.py", "pyproject.toml", "setup.py"}
     assert needed <= packed
     assert not [name for name in packed if name.endswith((".so", ".pyc")) or name.startswith("build/")]
 
@@ -195,6 +196,7 @@ def test_cuda_is_left_out_for_a_torch_without_it(tree: Path, tmp_path: Path) -> 
     assert "torch 2.13.0+cpu is built without CUDA" in record["cuda"]["reason"]
 
 
+@pytest.mark.alone
 def test_a_library_in_use_is_replaced_not_overwritten(tree: Path, tmp_path: Path) -> None:
     """A process that has the old one mapped keeps it, whole: the new one is another file under the same name."""
     library = tree / "fpet_kernels" / "libfpet_ops.so"

@@ -28,6 +28,7 @@ from support import (
     random_problem,
     reference_op,
     run,
+    sweep,
 )  # fmt: skip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,7 +65,7 @@ def on(problem: Problem) -> Problem:
     return problem.on(DEVICE)
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [sweep(p, id=p.stem) if "14x14" in p.stem else pytest.param(p, id=p.stem) for p in GOLDEN])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_golden(path, dtype):
     """The authors' code: float64 within 1e-11, float32 within the rounding of float32."""
@@ -121,8 +122,25 @@ SHORT = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("case", SHORT)
+# What a dtype changes, it changes in these; the interpreter is slow.
+IN_EVERY_DTYPE = ("refined", "everything", "two blocks of sources, everything")
+
+
+def cases(table, *dtypes):
+    """The cases of a table in float32, of some also in the other types."""
+    return pytest.mark.parametrize(
+        ("case", "dtype"),
+        [
+            (pytest.param if dtype == torch.float32 or case in IN_EVERY_DTYPE else sweep)(
+                case, dtype, id=f"{case}-{str(dtype)[6:]}"
+            )
+            for case in table
+            for dtype in dtypes
+        ],
+    )
+
+
+@cases(SHORT, torch.float32, torch.bfloat16, torch.float16)
 def test_short(case, dtype, launched):
     options = dict(SHORT[case])
     if "two blocks of sources" in case and dtype == torch.float16:
@@ -143,8 +161,7 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("case", LONG)
+@cases(LONG, torch.float32, torch.bfloat16, torch.float64)
 def test_long(case, dtype, tiled):
     problem = random_problem(**LONG[case], batch=1, dtype=dtype)
     if dtype == torch.float64:
@@ -199,22 +216,20 @@ def test_gather_only(launched):
 
 
 @pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
-@pytest.mark.parametrize(
-    "needs", [(1, 0, 0, 0, 0), (0, 1, 0, 0, 0), (0, 0, 1, 0, 0), (0, 0, 0, 1, 0), (0, 0, 0, 0, 1), (0,) * 5]
-)
-def test_only_what_is_asked_for(needs, long, request):
+def test_only_what_is_asked_for(long, request):
     if long:
         request.getfixturevalue("tiled")
     problem = on(full_problem(grid=(3, 4)))
     forward = ops.forward(*op_args(problem))
     everything = ops.backward(*backward_op_args(problem, forward))
-    some = ops.backward(*backward_op_args(problem, forward, tuple(map(bool, needs))))
-    wanted = (needs[0], needs[1], needs[2], needs[2], needs[3], needs[4])
-    for asked, all_of_it, this in zip(wanted, everything, some, strict=True):
-        if asked:
-            torch.testing.assert_close(this, all_of_it, rtol=1e-5, atol=1e-6)
-        else:
-            assert this.numel() == 0
+    for needs in ((1, 0, 0, 0, 0), (0, 1, 0, 0, 0), (0, 0, 1, 0, 0), (0, 0, 0, 1, 0), (0, 0, 0, 0, 1), (0,) * 5):
+        some = ops.backward(*backward_op_args(problem, forward, tuple(map(bool, needs))))
+        wanted = (needs[0], needs[1], needs[2], needs[2], needs[3], needs[4])
+        for asked, all_of_it, this in zip(wanted, everything, some, strict=True):
+            if asked:
+                torch.testing.assert_close(this, all_of_it, rtol=1e-5, atol=1e-6, msg=lambda m, needs=needs: f"{needs}: {m}")
+            else:
+                assert this.numel() == 0, needs
 
 
 @pytest.mark.parametrize("long", [False, True], ids=["short", "long"])

@@ -48,6 +48,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.alone
 def test_two_processes_give_the_result_of_one(folder, tokenizer, tmp_path, capsys):
     torch.manual_seed(4)
     model = tmp_path / "model"

@@ -32,6 +32,7 @@ def launch(config: Config) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.alone
 def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     pretrain.save_backbone(pretrain.pretrain(2)[0], tmp_path / "backbone.safetensors")
     # Dropout draws differently in each process, so there is none.
@@ -61,6 +62,7 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     assert resumed.train_loss == pytest.approx(expected.train_loss, rel=1e-4)
 
 
+@pytest.mark.alone
 def test_sharded_processes_give_the_result_of_one(tmp_path: Path) -> None:
     """FSDP2: the same numbers as a single process, checkpoints that hold whole tensors, and resuming under another number."""
     pretrain.save_backbone(pretrain.pretrain(2)[0], tmp_path / "backbone.safetensors")
