@@ -21,6 +21,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -37,7 +38,15 @@ ANNOUNCED = re.compile(r"CUDA kernels: nvcc (?P<version>\S+), architectures (?P<
 
 
 class Unavailable(Exception):
-    """Why the native library can't be built here, and how to change that."""
+    """Why the native library can't be built here, and how to change that; ``missing``: for want of a tool."""
+
+    missing = True
+
+
+class Failed(Unavailable):
+    """A build that was tried."""
+
+    missing = False
 
 
 def switch(name: str) -> str:
@@ -70,7 +79,7 @@ def run(*command: str | Path) -> list[str]:
     if p.returncode:
         first = next((i for i, line in enumerate(lines) if "error" in line.lower() or "FAILED" in line), max(0, len(lines) - 5))
         step = f"{Path(command[0]).name} {command[1]}"
-        raise Unavailable(f"{step} failed with status {p.returncode}:\n" + "\n".join(lines[first : first + 12]))
+        raise Failed(f"{step} failed with status {p.returncode}:\n" + "\n".join(lines[first : first + 12]))
     return lines
 
 
@@ -90,6 +99,35 @@ def revision() -> dict[str, object]:
 def remove(folder: Path, *patterns: str) -> None:
     for path in (path for pattern in patterns for path in folder.glob(pattern)):
         path.unlink()
+
+
+def fingerprint() -> str:
+    """Of the sources that the libraries are built of."""
+    folders = ("bindings", "cpu", "cuda", "include")
+    files = [path for folder in folders for path in sorted((ROOT / "csrc" / folder).rglob("*")) if path.is_file()]
+    digest = hashlib.sha256()
+    for path in (ROOT / "CMakeLists.txt", *files):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def recorded() -> dict[str, Any]:
+    """What the last build in this tree recorded; empty where there is none, or none that can be read."""
+    try:
+        record = json.loads((ROOT / "fpet_kernels" / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and isinstance(record.get("cuda", {}), dict) else {}
+
+
+def keep(package: Path, files: tuple[str, ...]) -> bool:
+    """Brings the libraries of an earlier build in this tree to ``package``; whether the first of them was there."""
+    tree = ROOT / "fpet_kernels"
+    for path in (path for pattern in files for path in tree.glob(pattern)):
+        for_this_python = not path.name.startswith("_introspect") or path.name.endswith(sysconfig.get_config_var("EXT_SUFFIX"))
+        if package != tree and for_this_python:
+            shutil.copy2(path, package)
+    return (package / files[0]).exists()
 
 
 class Build:
@@ -117,15 +155,29 @@ class Build:
         Returns the folder it was compiled in, where `make ctest` finds the objects, and what CMake said.
         """
         given = {name: os.environ.get(name) for name in ("CXXFLAGS", "CMAKE_ARGS")}
-        key = json.dumps([self.compiler, str(self.torch), given, sys.implementation.cache_tag, chosen])
+        key = json.dumps([str(ROOT), self.compiler, str(self.torch), given, sys.implementation.cache_tag, chosen])
         folder = ROOT / "build" / f"{targets[0]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
         common = [f"-DCMAKE_MAKE_PROGRAM={self.ninja}", "-DCMAKE_BUILD_TYPE=Release", f"-DFPET_TORCH_DIR={self.torch}"]
         jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         arguments = shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        said = run(self.cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, *common, *options, *arguments)
-        run(self.cmake, "--build", folder, "--target", *targets, *jobs)
-        run(self.cmake, "--install", folder, "--component", component, "--prefix", prefix)
-        return folder, said
+
+        def build() -> tuple[Path, list[str]]:
+            said = run(self.cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, *common, *options, *arguments)
+            run(self.cmake, "--build", folder, "--target", *targets, *jobs)
+            run(self.cmake, "--install", folder, "--component", component, "--prefix", prefix)
+            return folder, said
+
+        used_before = folder.exists()
+        try:
+            return build()
+        except Unavailable as why:
+            if not used_before:
+                raise
+            # CMake's cache holds paths of a folder that was moved, or of tools that are gone.
+            reason = str(why).partition("\n")[0]
+            print(f"fpet_kernels: {folder} does not build ({reason}); once more from nothing", flush=True)
+            shutil.rmtree(folder)
+            return build()
 
     def cpu(self, prefix: Path) -> dict[str, object]:
         """Builds the CPU library and the introspection module; returns the facts worth recording."""
@@ -173,18 +225,30 @@ class BuildNative(build_ext):
         prefix = ROOT if self.inplace else Path(self.build_lib).resolve()
         package = prefix / "fpet_kernels"
         package.mkdir(parents=True, exist_ok=True)
+        before, sources = recorded(), fingerprint()
 
         def attempt(name: str, build: Callable[[Build, Path], dict[str, object]], *files: str) -> dict[str, object]:
+            off = next((n for n in (name, "FPET_NATIVE") if wanted[n] == "0" and wanted[name] != "1"), None)
             try:
-                for switched in (name, "FPET_NATIVE"):
-                    if wanted[switched] == "0" and wanted[name] != "1":
-                        raise Unavailable(f"{switched}=0 was set when it was installed: unset it and install again")
-                return {"built": True, **build(Build(), prefix)}
+                if off:
+                    raise Unavailable(f"{off}=0 was set when it was installed: unset it and install again")
+                return {"built": True, "sources": sources, **build(Build(), prefix)}
             except Unavailable as why:
-                remove(package, *files)  # never leave a library of other sources behind
                 if wanted[name] == "1":
                     raise CompileError(f"{name}=1, and it can't be built: {why}") from None
-                return {"built": False, "reason": str(why)}
+                known = before if name == "FPET_NATIVE" else before.get("cuda", {})
+                known = {
+                    key: value for key, value in known.items() if key not in ("native", "cuda", "built", "reason", "failed")
+                }
+                # One that was built before stays, and is installed, unless it is known to be of other sources.
+                if not off and known.get("sources", sources) == sources and keep(package, files):
+                    print(
+                        f"fpet_kernels: {files[0]} of an earlier build is kept, since this one failed: {why}", file=sys.stderr
+                    )
+                    return {**known, "built": True, "kept": str(why)}
+                remove(package, *files)
+                failed = {} if off or why.missing else {"failed": True}
+                return {"built": False, "reason": str(why), **failed}
 
         cpu = attempt("FPET_NATIVE", Build.cpu, "libfpet_ops.so", "_introspect.*.so")
         cuda = attempt("FPET_CUDA", Build.cuda, "libfpet_cuda_ops.so")
@@ -209,10 +273,14 @@ class BuildNative(build_ext):
             )
 
     def get_outputs(self) -> list[str]:
-        return []
+        return list(self.get_output_mapping())
 
     def get_output_mapping(self) -> dict[str, str]:
-        return {}
+        """For editable_mode=strict, which links what is in the source tree: what a build has put there."""
+        if not self.inplace:
+            return {}
+        found = (path for name in ("*.so", "_build_info.json") for path in (ROOT / "fpet_kernels").glob(name))
+        return {str(Path(self.build_lib, "fpet_kernels", path.name)): str(path) for path in found}
 
     def get_source_files(self) -> list[str]:
         return []

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import backends
 from .merge import KeyRefinement, bdm_merge
+from .native import build_record
 from .provenance import cpu_model, package_version
 from .split import checkerboard
 from .version import __version__
@@ -33,9 +34,8 @@ TOLERANCE = 1e-4  # float32 against float64 on a tiny problem, relative to the l
 def _build_facts() -> dict[str, Any]:
     """What the installation recorded, and what the introspection module says of itself (it may be absent)."""
     facts: dict[str, Any] = {}
-    record = Path(__file__).with_name("_build_info.json")
-    if record.exists():
-        facts["recorded"] = json.loads(record.read_text())
+    if record := build_record():
+        facts["recorded"] = record
     try:
         facts["introspection"] = importlib.import_module("fpet_kernels._introspect").build_facts()
     except ImportError as error:
@@ -143,10 +143,16 @@ def _build_lines(build: dict[str, Any]) -> list[str]:
     recorded = build.get("recorded")
     if recorded is None:
         lines.append("native      no record: this source tree was never installed; fix: pip install -e . --no-build-isolation")
-    elif recorded["native"]:
-        lines.append(f"native      built with {recorded['compiler']}, against torch {recorded['torch']}")
+    elif "damaged" in recorded:
+        lines.append(f"native      the record of the build is damaged: {recorded['damaged']}; fix: install again")
+    elif recorded.get("native"):
+        lines.append(f"native      built with {recorded.get('compiler')}, against torch {recorded.get('torch')}")
     else:
-        lines.append("native      not built: " + recorded["reason"].replace("\n", "\n" + 14 * " "))
+        lines.append("native      not built: " + str(recorded.get("reason")).replace("\n", "\n" + 14 * " "))
+    if recorded and "kept" in recorded:
+        lines.append(
+            "native      of an earlier build, since the last one failed: " + recorded["kept"].replace("\n", "\n" + 14 * " ")
+        )
     cuda = (recorded or {}).get("cuda", {})
     if "reason" in cuda:
         lines.append("CUDA        not built: " + cuda["reason"].replace("\n", "\n" + 14 * " "))

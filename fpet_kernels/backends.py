@@ -10,14 +10,18 @@ import ctypes
 import importlib.util
 import json
 import os
-import platform
-from pathlib import Path
+import sys
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ops  # noqa: F401  (the schemas must exist before the native library adds its kernels)
+from . import (
+    native,
+    ops,  # noqa: F401  (so that the operators below have their schemas)
+)
+from .native import Status, library_path
+from .tracing import constant_while_compiling
 
 __all__ = [
     "ORDER",
@@ -28,6 +32,7 @@ __all__ = [
     "cuda_facts",
     "explain",
     "forward_op",
+    "library_path",
     "refuses",
     "select",
     "status",
@@ -54,76 +59,19 @@ class Preference(NamedTuple):
 PREFERRED: tuple[Preference, ...] = ()
 
 
-class Status(NamedTuple):
-    """Whether a backend can run here at all, why (not), and a one-line fix."""
-
-    available: bool
-    reason: str
-    fix: str = ""
-
-
-_MIN_TORCH = (2, 10)
-
-
-def library_path(name: str = "libfpet_ops.so") -> Path:
-    """Where a native library belongs: beside this file."""
-    return Path(__file__).parent / name
-
-
-def _load(name: str, works: str, rebuild: str) -> Status:
-    """Loads a native library, whose kernels register themselves. It asks for no GPU and no driver."""
-    if os.environ.get("FPET_DISABLE_NATIVE", "") not in ("", "0"):
-        return Status(False, "FPET_DISABLE_NATIVE is set", "unset FPET_DISABLE_NATIVE")
-    path = library_path(name)
-    if not path.exists():
-        return Status(False, f"{name} was not built", rebuild)
-    if tuple(int(v) for v in torch.__version__.split("+")[0].split(".")[:2]) < _MIN_TORCH:
-        why = f"torch {torch.__version__} is older than 2.10, the first with this stable ABI"
-        return Status(False, why, "pip install -U torch")
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        cause = error.__cause__ or error  # the loader's own words, where torch wraps them
-        return Status(False, f"{name} does not load: {cause}", rebuild)
-    return Status(True, works)
-
-
-def _load_cpu_library() -> Status:
-    rebuild = "pip install --force-reinstall --no-cache-dir . (with a C++20 compiler: apt install g++)"
-    return _load("libfpet_ops.so", f"native C++ kernels for {platform.machine()}", rebuild)
-
-
-_CUDA_LIBRARY = "libfpet_cuda_ops.so"
-
-
-def _load_cuda_library() -> Status:
-    if torch.version.hip:  # its tensors say that they are on cuda, but must not meet these kernels
-        why = f"torch {torch.__version__} is built for ROCm, and these kernels for CUDA"
-        return Status(False, why, "none needed: Triton runs there")
-    if not torch.version.cuda:
-        return Status(False, f"torch {torch.__version__} is built without CUDA", "install a build of torch with CUDA")
-    rebuild = "FPET_CUDA=1 pip install --force-reinstall --no-cache-dir . (with nvcc 12.4 or later)"
-    found = _load(_CUDA_LIBRARY, "native CUDA kernels", rebuild)
-    if found.available or library_path(_CUDA_LIBRARY).exists() or not (record := library_path("_build_info.json")).exists():
-        return found
-    why = json.loads(record.read_text()).get("cuda", {}).get("reason", "").partition("\n")[0].rstrip(":")
-    return found._replace(reason=f"{found.reason}: {why}") if why else found
-
-
-_NATIVE = _load_cpu_library()
-_CUDA = _load_cuda_library()
+_NATIVE, _CUDA = native.CPU, native.CUDA
 
 
 def _ask_cuda(question: str, *arguments: int) -> dict[str, Any]:
     """The answer of one of the plain C functions of the CUDA library (csrc/bindings/cuda_ops.cpp)."""
-    ask = getattr(ctypes.CDLL(str(library_path(_CUDA_LIBRARY))), question)
+    ask = getattr(ctypes.CDLL(str(library_path(native.CUDA_LIBRARY))), question)
     ask.restype = ctypes.c_char_p
     return json.loads(ask(*arguments))
 
 
 def _cuda_driver() -> int:
     """The CUDA version that the driver is for, as 1000 major + 10 minor; 0 without one."""
-    return ctypes.CDLL(str(library_path(_CUDA_LIBRARY))).fpet_cuda_driver()
+    return ctypes.CDLL(str(library_path(native.CUDA_LIBRARY))).fpet_cuda_driver()
 
 
 def cuda_facts() -> dict[str, Any]:
@@ -147,6 +95,7 @@ def _status_cuda() -> Status:
 _REFUSED_BY_CUDA: dict[int, str | None] = {}
 
 
+@constant_while_compiling
 def _refused_by_cuda(index: int) -> str | None:
     """Why the compiled kernels don't run on this GPU; None if they do.
 
@@ -184,13 +133,19 @@ def _no_code_for(capability: tuple[int, int], targets: str, runtime: int, driver
     return f"{why}no kernel image for it"
 
 
-# What torch.compiler.assume_constant_result does; calling it would import Dynamo, and with it Triton.
-_refused_by_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _find_triton() -> bool:
+    """Whether Triton is installed, without importing it. A stand-in that somebody put in its place does not count."""
+    module = sys.modules.get("triton")
+    if module is not None:
+        return isinstance(getattr(module, "__version__", None), str) and isinstance(getattr(module, "JITFunction", None), type)
+    return importlib.util.find_spec("triton") is not None
 
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # found, not imported
+_HAS_TRITON = _find_triton()
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
 _NO_TRITON = Status(False, "the package triton is not installed", "pip install triton")
+if "triton" in sys.modules and not _HAS_TRITON:
+    _NO_TRITON = Status(False, "sys.modules['triton'] is not the package triton", "import fpet_kernels before it is replaced")
 
 
 def _status_triton() -> Status:
@@ -206,6 +161,7 @@ def _status_triton() -> Status:
 _TOO_OLD: dict[int | None, str | None] = {}
 
 
+@constant_while_compiling
 def _too_old_for_triton(index: int | None) -> str | None:
     """Why the kernels don't compile for this NVIDIA GPU; None if they do."""
     if index not in _TOO_OLD:
@@ -214,10 +170,6 @@ def _too_old_for_triton(index: int | None) -> str | None:
             f"compute capability {major}.{minor} has no bfloat16 matrix units; 8.0 is the first that has" if major < 8 else None
         )
     return _TOO_OLD[index]
-
-
-# What torch.compiler.assume_constant_result does; calling it would import Dynamo, and with it Triton.
-_too_old_for_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton_operators() -> tuple[Any, Any]:
@@ -284,11 +236,10 @@ def select(x: Tensor, backend: str | None) -> str:
         ValueError: no backend has that name. RuntimeError: it has, and can't run this call.
     """
     if backend is None:
-        kind = x.device.type
-        if kind == "meta":  # shapes alone, by the operators' fake functions: the same for every backend
-            return "cpu"
-        if kind == "cpu":  # the interpreter is a debugging tool: never chosen by itself
+        if x.is_cpu:  # the interpreter is a debugging tool: never chosen by itself
             return "cpu" if _NATIVE.available else "reference"
+        if x.is_meta:  # shapes alone, by the operators' fake functions: the same for every backend
+            return "cpu"
         if PREFERRED and (row := _preferred(x)) is not None:
             return row.backend
         for name in ORDER:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .autograd import BDMMerge, BDMMergeTransformed, BDMUnmerge
+from .autograd import BDMMerge, BDMUnmerge, forward_mode
 from .reference import bdm_merge_reference, bdm_unmerge_reference
 from .split import Split, check_sides
+from .tracing import observed, requires_gradient
 
 __all__ = ["KeyRefinement", "Merged", "bdm_merge", "bdm_unmerge"]
 
@@ -123,23 +125,30 @@ def bdm_merge(
         )  # fmt: skip
         return Merged(tokens, merged_size, match)
 
+    watched = observed()
+    if detach_key and (watched or key.requires_grad or forward_mode()):
+        key = key.detach()
     args = (
-        x, key, size, w_down, w_up, dropout_mask, key_delta, *_split_args(where, x.device), num_prefix_tokens, scale,
+        x, key, size, w_down, w_up, dropout_mask, key_delta, *_split_args(where, x), num_prefix_tokens, scale,
         similarity == "cosine",
     )  # fmt: skip
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (key.requires_grad and not detach_key)
-        or (size is not None and size.requires_grad)
-        or (key_delta is not None and key_delta.requires_grad)
-        or (w_down is not None and w_down.requires_grad)
-        or (w_up is not None and w_up.requires_grad)
+    if watched:
+        outputs = torch.ops.fpet.merge(*args, name)
+    elif forward_mode() or (
+        torch.is_grad_enabled()
+        and (
+            x.requires_grad
+            or key.requires_grad
+            or (size is not None and size.requires_grad)
+            or (key_delta is not None and key_delta.requires_grad)
+            or (w_down is not None and w_down.requires_grad)
+            or (w_up is not None and w_up.requires_grad)
+        )
     ):
-        function = BDMMergeTransformed if torch._C._are_functorch_transforms_active() else BDMMerge
-        tokens, merged_size, match = function.apply(*args, detach_key, name)[:3]
+        outputs = BDMMerge.apply(None, *args, name)
     else:
-        tokens, merged_size, match, _, _ = backends.forward_op(name)(*args)
-    return Merged(tokens, merged_size, match)
+        outputs = backends.forward_op(name)(*args)
+    return Merged(*outputs[:3])
 
 
 def bdm_unmerge(
@@ -190,7 +199,12 @@ def bdm_unmerge(
         backend = "reference"
     if backend in ("reference", "triton"):
         return bdm_unmerge_reference(tokens, match, split=where, num_prefix_tokens=num_prefix_tokens)
-    return BDMUnmerge.apply(tokens, match, *_split_args(where, tokens.device), num_prefix_tokens)
+    args = (tokens, match, *_split_args(where, tokens), num_prefix_tokens)
+    if observed():
+        return torch.ops.fpet.unmerge(*args)
+    if forward_mode() or (tokens.requires_grad and torch.is_grad_enabled()):
+        return BDMUnmerge.apply(None, *args)
+    return torch.ops.fpet.bdm_unmerge(*args)
 
 
 def _check_tokens(x: Tensor, key: Tensor) -> tuple[int, int, int]:
@@ -239,9 +253,12 @@ def _resolve_split(
     return (height, width), height * width, (height * width + 1) // 2
 
 
-def _split_args(split: Split | tuple[int, int], device: torch.device) -> tuple[Tensor | None, Tensor | None, int, int]:
+def _split_args(split: Split | tuple[int, int], x: Tensor) -> tuple[Tensor | None, Tensor | None, int, int]:
     """What the operators take: position lists, or the sides of a checkerboard."""
-    return (*split.on(device), 0, 0) if isinstance(split, Split) else (None, None, *split)
+    if not isinstance(split, Split):
+        return (None, None, *split)
+    with (None if type(x) is Tensor else getattr(x, "fake_mode", None)) or nullcontext():
+        return (*split.on(x.device), 0, 0)
 
 
 def _name(split: Split | tuple[int, int]) -> str:
@@ -277,4 +294,9 @@ def _check_refinement(
         raise TypeError(f"refinement.w_up: expected {w_down.dtype}, as w_down, got {w_up.dtype}")
     if mask is not None:
         _check("refinement.dropout_mask", mask, (batch, n, hidden), x, allow_bool=True)
+        if torch.is_grad_enabled() and requires_gradient(mask):
+            raise ValueError(
+                "refinement.dropout_mask: expected a mask that requires no gradient, since none is computed for it, "
+                "got one that does: detach it"
+            )
     return w_down, w_up, scale, mask

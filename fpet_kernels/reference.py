@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .split import Split, checkerboard_positions
+from .tracing import observed
 
 __all__ = [
     "average_heads",
@@ -158,14 +159,15 @@ def bdm_unmerge_reference(
     tokens: Tensor, match: Tensor, *, split: Split | tuple[int, int], num_prefix_tokens: int = 1
 ) -> Tensor:
     """(B, N, D): every original position gets the token it was merged into. IndexError, on the CPU: a match out of range."""
-    if match.device.type == "cpu" and not torch.compiler.is_compiling() and match.numel():
+    if match.device.type == "cpu" and not observed() and type(match) is Tensor and match.numel():
         low, high = int(match.min()), int(match.max())
         if low < 0 or high >= tokens.shape[1]:  # an index below zero would count from the end
             raise IndexError(f"match: index out of range: expected [0, {tokens.shape[1]}), got [{low}, {high}]")
     a, b = positions(split, tokens.device)
     p = num_prefix_tokens
-    origin = match.new_empty(match.shape[0], p + a.shape[0] + b.shape[0])  # (B, N) index into the merged tokens
-    origin[:, :p] = torch.arange(p, device=match.device)
-    origin[:, b + p] = torch.arange(p, tokens.shape[1], device=match.device)
-    origin[:, a + p] = match
-    return tokens[torch.arange(tokens.shape[0], device=tokens.device)[:, None], origin]
+    batch, merged = tokens.shape[:2]
+    image, index = torch.arange(batch, device=tokens.device), torch.arange(merged, device=tokens.device)
+    # (B, N) index into the merged tokens, in the order prefix, B, A; then in that of the positions.
+    origin = torch.cat((index.expand(batch, merged), match), dim=1)
+    origin = origin[:, torch.cat((index[:p], b + p, a + p)).argsort()]
+    return tokens[image[:, None], origin]

@@ -75,11 +75,14 @@ class Split:
                 raise ValueError(f"split: a and b are not the checkerboard of grid={self.grid}; leave grid out")
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``(a, b)`` on ``device``; copied there once."""
-        if device.type == "cpu":
-            return self.a, self.b
+        """``(a, b)`` on ``device``; copied there once. Under FakeTensorMode, fake ones."""
         if torch.compiler.is_compiling():  # what is made while tracing belongs to the trace, not to the cache
             return self.a.to(device), self.b.to(device)
+        fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        if fake is not None:
+            return fake.from_tensor(self.a).to(device), fake.from_tensor(self.b).to(device)
+        if device.type == "cpu":
+            return self.a, self.b
         found = self._by_device.get(device)
         if found is None:
             found = self._by_device[device] = (self.a.to(device), self.b.to(device))

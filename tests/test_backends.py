@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fpet_kernels import backends
+from fpet_kernels import backends, native
 from support import random_problem, run
 
 
@@ -101,28 +101,28 @@ def test_preferences_are_data():
 
 def test_the_cuda_library_is_not_for_every_torch(monkeypatch):
     """A torch without CUDA, or with ROCm, whose tensors say cuda, never meets the kernels."""
-    monkeypatch.setattr(backends, "_load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(native, "_load", lambda *_: pytest.fail("loaded"))
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "is built without CUDA" in backends._load_cuda_library().reason
+    assert "is built without CUDA" in native._load_cuda_library().reason
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert "is built for ROCm" in backends._load_cuda_library().reason
+    assert "is built for ROCm" in native._load_cuda_library().reason
 
 
 def test_why_the_cuda_library_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr(backends, "library_path", lambda name="libfpet_ops.so": tmp_path / name)
+    monkeypatch.setattr(native, "library_path", lambda name="libfpet_ops.so": tmp_path / name)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.delenv("FPET_DISABLE_NATIVE", raising=False)
-    assert backends._load_cuda_library().reason == "libfpet_cuda_ops.so was not built"
+    assert native._load_cuda_library().reason == "libfpet_cuda_ops.so was not built"
     (tmp_path / "_build_info.json").write_text(
         '{"native": true, "cuda": {"built": false, "reason": "no nvcc was found:\\nat all"}}'
     )
-    found = backends._load_cuda_library()
+    found = native._load_cuda_library()
     assert found.reason == "libfpet_cuda_ops.so was not built: no nvcc was found" and "FPET_CUDA=1" in found.fix
     (tmp_path / "libfpet_cuda_ops.so").write_text("no library")
-    assert "libfpet_cuda_ops.so does not load: " in backends._load_cuda_library().reason
+    assert "libfpet_cuda_ops.so does not load: " in native._load_cuda_library().reason
     monkeypatch.setenv("FPET_DISABLE_NATIVE", "1")
-    assert backends._load_cuda_library().reason == "FPET_DISABLE_NATIVE is set"
+    assert native._load_cuda_library().reason == "FPET_DISABLE_NATIVE is set"
 
 
 def test_the_default_gives_what_the_backend_by_name_gives(device):

@@ -115,6 +115,7 @@ def test_every_operator_is_checked():
     triton = {"fpet::bdm_forward_triton", "fpet::bdm_backward_triton"}  # registered once something has called them
     assert names - triton == {
         "fpet::average_heads", "fpet::bdm_forward", "fpet::bdm_backward", "fpet::bdm_unmerge", "fpet::bdm_unmerge_backward",
+        "fpet::merge", "fpet::merge_backward", "fpet::unmerge", "fpet::unmerge_backward",
     }  # fmt: skip
 
 

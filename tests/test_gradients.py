@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpet_kernels import backends, bdm_merge
+from fpet_kernels import backends
 from fpet_kernels.autograd import BDMMerge
 from support import (
+    INPUTS,
     LEAVES,
     Problem,
     backward_op_args,
@@ -217,17 +218,53 @@ def test_gradient_reaches_one_weight_alone(fused, device):
         assert torch.equal(run(problem, fused, (name,))[f"grad_{name}"], both[f"grad_{name}"])
 
 
-def test_saved_tokens_may_not_be_changed(fused, device):
-    """The backward reads the merged tokens; changing them in place is caught, not computed with."""
-    problem = random_problem(device=device)
-    x = problem.x.requires_grad_()
-    tokens = bdm_merge(x, problem.key, grid_size=(4, 5), backend=fused).tokens
-    tokens.mul_(2)
+# For each gradient, what its formula reads of the inputs and of the merged tokens (docs/mathematics.md).
+EVERYTHING = {*INPUTS, "tokens"}
+READS = {"x": {"size"}, "size": {"x", "size", "tokens"}} | dict.fromkeys(("w_down", "w_up", "key_delta", "key"), EVERYTHING)
+
+
+def forward_to_edit(
+    problem: Problem, wanted: tuple[str, ...], backend: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Inputs and outputs that are no leaves, so that they may be edited in place; the leaves; the loss of both outputs."""
+    leaves = {n: getattr(problem, n).detach().requires_grad_() for n in wanted}
+    given = {n: leaves[n].clone() if n in leaves else getattr(problem, n).clone() for n in INPUTS}
+    tokens, size, _ = merge(replace(problem, **given), backend)
+    loss = (tokens.clone() * problem.grad_tokens).sum() + (size.clone() * problem.grad_size).sum()
+    return {**given, "tokens": tokens}, leaves, loss
+
+
+@pytest.mark.parametrize("heads", [0, 2])
+def test_only_what_the_backward_reads_is_kept(heads, fused, device, max_tokens):
+    """For every set of wanted gradients: the bytes kept, and in-place edits of what is not read pass and change nothing."""
+    for wanted in WANTED if max_tokens > 100 else WANTED[::9]:
+        problem = full_problem(grid=(4, 5), dtype=torch.float64, heads=heads, device=device)
+        want = run(problem, fused, wanted)
+        read = set().union(*(READS[n] for n in wanted))
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: (kept.__setitem__(t.untyped_storage().data_ptr(), t.shape), t)[1], lambda t: t
+        ):
+            values, leaves, loss = forward_to_edit(problem, wanted, fused)
+        for name, value in values.items():
+            if name not in read:
+                assert value.untyped_storage().data_ptr() not in kept, f"{name} is kept for the gradients of {wanted}"
+                value.detach().fill_(float("nan"))  # not seen by autograd's check: a value that is read would be poison
+                value.mul_(2)
+        for leaf, grad in zip(wanted, torch.autograd.grad(loss, list(leaves.values())), strict=True):
+            assert torch.equal(grad, want[f"grad_{leaf}"]), f"{leaf} among {wanted}"
+
+
+@pytest.mark.parametrize("edited", ["x", "size", "key", "w_up", "dropout_mask", "tokens"])
+def test_what_the_backward_reads_may_not_be_changed(edited, fused, device):
+    """It is caught, not computed with."""
+    values, leaves, loss = forward_to_edit(full_problem(device=device, heads=0), ("size", "key"), fused)
+    values[edited].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        tokens.sum().backward()
+        torch.autograd.grad(loss, list(leaves.values()))
 
 
 def test_indices_and_scores_are_not_differentiable(fused, device):
     problem = full_problem(device=device)
-    outputs = BDMMerge.apply(*op_args(replace(problem, x=problem.x.requires_grad_())), False, fused)
+    outputs = BDMMerge.apply(None, *op_args(replace(problem, x=problem.x.requires_grad_())), fused)
     assert [o.requires_grad for o in outputs] == [True, True, False, False, False]

@@ -16,13 +16,12 @@
 #include <string>
 #include <tuple>
 
+#include "arguments.h"
 #include "fpet/bdm.h"
 
 namespace fpet::binding {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptTensor = std::optional<Tensor>;
 
 // Where a call runs. The memory of other devices can't be read here, so indices in it can't be checked.
 struct Device {
@@ -108,7 +107,9 @@ struct Split {
 
 // `a` and `b` must be in range, and no position may be in both: kernels write one output row for each. Lists on another
 // device are not read here; its kernels stay in bounds by themselves.
-inline Split split_of(const Device& on, const OptTensor& a, const OptTensor& b, int64_t grid_h, int64_t grid_w) {
+inline Split split_of(const Device& on, const Places& places) {
+  const auto& [a, b, grid_h, grid_w, prefix] = places;
+  STD_TORCH_CHECK(prefix >= 0, "num_prefix_tokens: expected at least 0, got ", prefix);
   if (!a || !b) {
     STD_TORCH_CHECK(!a && !b, "split_a, split_b: expected both or neither");
     STD_TORCH_CHECK(grid_h > 0 && grid_w > 0, "grid_h, grid_w: expected at least 1, got ", grid_h, " and ", grid_w);
@@ -149,15 +150,13 @@ inline const int64_t* indices_of(const Device& on, const Tensor& t, const char* 
   return data;
 }
 
-inline Problem problem_of(const Device& on, const Tensor& x, const Tensor& key, const OptTensor& size, const OptTensor& w_down,
-                          const OptTensor& w_up, const OptTensor& dropout_mask, const OptTensor& key_delta,
-                          const OptTensor& split_a, const OptTensor& split_b, int64_t grid_h, int64_t grid_w, int64_t prefix,
-                          double scale, bool cosine) {
+inline Problem problem_of(const Device& on, const Inputs& inputs, const Places& places, const Comparison& comparison) {
+  const auto& [x, key, size, w_down, w_up, dropout_mask, key_delta] = inputs;
   STD_TORCH_CHECK(x.dim() == 3, "x: expected (B, N, D), got ", x.dim(), " dimensions");
   STD_TORCH_CHECK(key.dim() == 3 || key.dim() == 4, "key: expected (B, N, C) or (B, heads, N, C), got ", key.dim(),
                   " dimensions");
-  STD_TORCH_CHECK(prefix >= 0, "num_prefix_tokens: expected at least 0, got ", prefix);
-  const Split split = split_of(on, split_a, split_b, grid_h, grid_w);
+  const Split split = split_of(on, places);
+  const int64_t prefix = places.prefix;
   Problem p;
   p.batch = x.size(0);
   p.tokens = x.size(1);
@@ -168,12 +167,12 @@ inline Problem problem_of(const Device& on, const Tensor& x, const Tensor& key, 
   p.prefix = prefix;
   p.num_a = split.num_a;
   p.num_b = split.num_b;
-  p.grid_h = grid_h;
-  p.grid_w = grid_w;
+  p.grid_h = places.grid_h;
+  p.grid_w = places.grid_w;
   p.split_a = split.a;
   p.split_b = split.b;
-  p.scale = scale;
-  p.cosine = cosine;
+  p.scale = comparison.scale;
+  p.cosine = comparison.cosine;
   STD_TORCH_CHECK(p.tokens == prefix + p.num_a + p.num_b, "x: expected N = ", prefix + p.num_a + p.num_b, ", got ", p.tokens);
   STD_TORCH_CHECK(p.dim > 0 && p.channels > 0 && p.heads > 0, "x, key: expected D, C and heads of at least 1");
   STD_TORCH_CHECK(w_down.has_value() == w_up.has_value(), "w_down, w_up: expected both or neither");
@@ -198,19 +197,18 @@ inline Problem problem_of(const Device& on, const Tensor& x, const Tensor& key, 
 }
 
 inline UnmergeProblem unmerge_problem(const Device& on, const Tensor& input, const char* name, const Tensor& match,
-                                      const OptTensor& split_a, const OptTensor& split_b, int64_t grid_h, int64_t grid_w,
-                                      int64_t prefix, bool merged_in) {
+                                      const Places& places, bool merged_in) {
   STD_TORCH_CHECK(input.dim() == 3, name, ": expected 3 dimensions, got ", input.dim());
-  STD_TORCH_CHECK(prefix >= 0, "num_prefix_tokens: expected at least 0, got ", prefix);
-  const Split split = split_of(on, split_a, split_b, grid_h, grid_w);
+  const Split split = split_of(on, places);
+  const int64_t prefix = places.prefix;
   UnmergeProblem p;
   p.batch = input.size(0);
   p.dim = input.size(2);
   p.prefix = prefix;
   p.num_a = split.num_a;
   p.num_b = split.num_b;
-  p.grid_h = grid_h;
-  p.grid_w = grid_w;
+  p.grid_h = places.grid_h;
+  p.grid_w = places.grid_w;
   p.split_a = split.a;
   p.split_b = split.b;
   p.input = view_of(on, input, name, {p.batch, prefix + p.num_b + (merged_in ? 0 : p.num_a), p.dim});
@@ -221,20 +219,34 @@ inline UnmergeProblem unmerge_problem(const Device& on, const Tensor& input, con
 // A match sliced out of something larger is rare and small: it is copied rather than read in place.
 inline Tensor packed(const Tensor& match) { return match.is_contiguous() ? match : torch::stable::contiguous(match); }
 
-// The operators of fpet_kernels/ops.py over one backend's kernels. `Kernels` is made from a call's first tensor and its name; it
+// The operators of arguments.h over one backend's kernels. `Kernels` is made from a call's first tensor and its name; it
 // has `on`, the Device; empty(sizes, dtype); and forward, backward, average_heads, unmerge and unmerge_backward, which compute.
 template <class Kernels>
 struct Operators {
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor x, const Tensor key, const OptTensor size,
-                                                                    const OptTensor w_down, const OptTensor w_up,
-                                                                    const OptTensor dropout_mask, const OptTensor key_delta,
-                                                                    const OptTensor split_a, const OptTensor split_b,
-                                                                    int64_t grid_h, int64_t grid_w, int64_t prefix,
-                                                                    double scale, bool cosine) {
+  static constexpr int kForward = Inputs::kCount + Places::kCount + Comparison::kCount;
+  static constexpr int kBackward = 2 + kForward + Results::kCount + Needs::kCount;
+
+  static void forward(StableIValue* stack, uint64_t count, uint64_t) {
+    Stack arguments(stack, count, kForward);
+    forward(stack, arguments);
+  }
+
+  // With the backend's name, which Python reads: here the tensors' device has chosen.
+  static void merge(StableIValue* stack, uint64_t count, uint64_t) {
+    Stack arguments(stack, count, kForward + 1);
+    Stack backend(stack + kForward, 1, 1);
+    STD_TORCH_CHECK(backend.take<std::string>() != "triton", "backend: Triton's kernels need Python");
+    forward(stack, arguments);
+  }
+
+  static void forward(StableIValue* stack, Stack& arguments) {
+    const Inputs inputs(arguments);
+    const Places places(arguments);
+    const Comparison comparison(arguments);
+    const Tensor& x = inputs.x;
     const Kernels kernels(x, "x");
-    const Problem p = problem_of(kernels.on, x, key, size, w_down, w_up, dropout_mask, key_delta, split_a, split_b, grid_h,
-                                 grid_w, prefix, scale, cosine);
-    const int64_t merged = prefix + p.num_b;
+    const Problem p = problem_of(kernels.on, inputs, places, comparison);
+    const int64_t merged = p.prefix + p.num_b;
     Tensor tokens = kernels.empty({p.batch, merged, p.dim}, x.scalar_type());
     Tensor merged_size = kernels.empty({p.batch, merged, 1}, p.x.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
     Tensor match = kernels.empty({p.batch, p.num_a}, ScalarType::Long);
@@ -247,55 +259,61 @@ struct Operators {
     out.second = static_cast<int64_t*>(second.mutable_data_ptr());
     out.mid = mid.mutable_data_ptr();
     if (p.batch > 0) kernels.forward(p, out);
-    return {tokens, merged_size, match, second, mid};
+    torch::stable::detail::box_from_tuple(stack, std::tuple(tokens, merged_size, match, second, mid));
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-      const Tensor grad_tokens, const OptTensor grad_size, const Tensor x, const Tensor key, const OptTensor size,
-      const OptTensor w_down, const OptTensor w_up, const OptTensor dropout_mask, const OptTensor key_delta,
-      const Tensor tokens, const Tensor merged_size, const Tensor match, const Tensor second, const Tensor mid,
-      const OptTensor split_a, const OptTensor split_b, int64_t grid_h, int64_t grid_w, int64_t prefix, double scale,
-      bool cosine, bool need_x, bool need_size, bool need_weights, bool need_refined, bool need_key) {
+  static void backward(StableIValue* stack, uint64_t count, uint64_t) {
+    Stack arguments(stack, count, kBackward);
+    const Tensor grad_tokens = arguments.take<Tensor>();
+    const OptTensor grad_size = arguments.take<OptTensor>();
+    const Inputs inputs(arguments);
+    const Results results(arguments);
+    const Places places(arguments);
+    const Comparison comparison(arguments);
+    const Needs need(arguments);
+    const auto& [tokens, merged_size, match, second, mid] = results;
+    const auto& [x, key, size, w_down, w_up, dropout_mask, key_delta] = inputs;
     const Kernels kernels(x, "x");
     const Device& on = kernels.on;
-    const Problem p = problem_of(on, x, key, size, w_down, w_up, dropout_mask, key_delta, split_a, split_b, grid_h, grid_w,
-                                 prefix, scale, cosine);
-    STD_TORCH_CHECK(!need_weights || w_down, "need_weights: w_down and w_up were not given");
-    const int64_t merged = prefix + p.num_b;
+    const Problem p = problem_of(on, inputs, places, comparison);
+    STD_TORCH_CHECK(!need.weights || w_down, "need_weights: w_down and w_up were not given");
+    const int64_t prefix = p.prefix, merged = prefix + p.num_b;
     BackwardInputs in;
     in.grad_tokens = view_of(on, grad_tokens, "grad_tokens", {p.batch, merged, p.dim});
     in.grad_size = view_of(on, grad_size, "grad_size", {p.batch, merged, 1});
     in.tokens = view_of(on, tokens, "tokens", {p.batch, merged, p.dim});
     in.merged_size = view_of(on, merged_size, "merged_size", {p.batch, merged, 1});
     in.match = indices_of(on, match, "match", p.batch, p.num_a, prefix, merged);
-    in.second = indices_of(on, second, "second", p.batch, p.num_a, prefix, merged);
     STD_TORCH_CHECK(in.grad_tokens.dtype == p.x.dtype && in.tokens.dtype == p.x.dtype,
                     "grad_tokens, tokens: expected x's dtype");
-    const ScalarType score_dtype = p.wide_scores ? ScalarType::Double : ScalarType::Float;
-    STD_TORCH_CHECK(on.holds(mid) && mid.dim() == 2 && mid.size(0) == p.batch && mid.size(1) == p.num_a &&
-                        mid.is_contiguous() && mid.scalar_type() == score_dtype,
-                    "mid: expected what bdm_forward returned");
-    in.mid = mid.const_data_ptr();
+    if (need.weights || need.refined || need.key) {  // else nobody reads them
+      in.second = indices_of(on, second, "second", p.batch, p.num_a, prefix, merged);
+      const ScalarType score_dtype = p.wide_scores ? ScalarType::Double : ScalarType::Float;
+      STD_TORCH_CHECK(on.holds(mid) && mid.dim() == 2 && mid.size(0) == p.batch && mid.size(1) == p.num_a &&
+                          mid.is_contiguous() && mid.scalar_type() == score_dtype,
+                      "mid: expected what bdm_forward returned");
+      in.mid = mid.const_data_ptr();
+    }
 
     BackwardOutputs out;
     out.size_dtype = size ? p.size.dtype : p.x.dtype;
     out.weight_dtype = w_down ? p.w_down.dtype : p.x.dtype;
     out.refined_dtype = key_delta ? p.key_delta.dtype : p.key.dtype;
     out.key_dtype = p.key.dtype;
-    STD_TORCH_CHECK(!need_weights || p.w_up.dtype == p.w_down.dtype, "w_up: expected w_down's dtype");
+    STD_TORCH_CHECK(!need.weights || p.w_up.dtype == p.w_down.dtype, "w_up: expected w_down's dtype");
     const auto gradient = [&](bool wanted, std::initializer_list<int64_t> sizes, DType dtype, void** data) {
       Tensor grad = wanted ? kernels.empty(sizes, scalar_of(dtype)) : kernels.empty({0}, scalar_of(dtype));
       if (wanted) *data = grad.mutable_data_ptr();
       return grad;
     };
-    const Tensor grad_x = gradient(need_x, {p.batch, p.tokens, p.dim}, p.x.dtype, &out.x);
-    const Tensor grad_in_size = gradient(need_size, {p.batch, p.tokens, 1}, out.size_dtype, &out.size);
-    const Tensor grad_down = gradient(need_weights, {p.hidden, p.channels}, out.weight_dtype, &out.w_down);
-    const Tensor grad_up = gradient(need_weights, {p.channels, p.hidden}, w_up ? p.w_up.dtype : p.x.dtype, &out.w_up);
-    const Tensor grad_refined = gradient(need_refined, {p.batch, p.tokens, p.channels}, out.refined_dtype, &out.refined);
-    const Tensor grad_key = gradient(need_key, {p.batch, p.tokens, p.channels}, p.key.dtype, &out.key);
-    if (p.batch > 0 || need_weights) kernels.backward(p, in, out);
-    return {grad_x, grad_in_size, grad_down, grad_up, grad_refined, grad_key};
+    const Tensor grad_x = gradient(need.x, {p.batch, p.tokens, p.dim}, p.x.dtype, &out.x);
+    const Tensor grad_in_size = gradient(need.size, {p.batch, p.tokens, 1}, out.size_dtype, &out.size);
+    const Tensor grad_down = gradient(need.weights, {p.hidden, p.channels}, out.weight_dtype, &out.w_down);
+    const Tensor grad_up = gradient(need.weights, {p.channels, p.hidden}, w_up ? p.w_up.dtype : p.x.dtype, &out.w_up);
+    const Tensor grad_refined = gradient(need.refined, {p.batch, p.tokens, p.channels}, out.refined_dtype, &out.refined);
+    const Tensor grad_key = gradient(need.key, {p.batch, p.tokens, p.channels}, p.key.dtype, &out.key);
+    if (p.batch > 0 || need.weights) kernels.backward(p, in, out);
+    torch::stable::detail::box_from_tuple(stack, std::tuple(grad_x, grad_in_size, grad_down, grad_up, grad_refined, grad_key));
   }
 
   static Tensor average_heads(const Tensor key, bool wide) {
@@ -314,34 +332,42 @@ struct Operators {
     return mean;
   }
 
-  static Tensor unmerge(const Tensor tokens, const Tensor match, const OptTensor split_a, const OptTensor split_b,
-                        int64_t grid_h, int64_t grid_w, int64_t prefix) {
+  static void unmerge(StableIValue* stack, uint64_t count, uint64_t) {
+    Stack arguments(stack, count, 2 + Places::kCount);
+    const Tensor tokens = arguments.take<Tensor>(), match = packed(arguments.take<Tensor>());
+    const Places places(arguments);
     const Kernels kernels(tokens, "tokens");
-    const Tensor index = packed(match);
-    UnmergeProblem p = unmerge_problem(kernels.on, tokens, "tokens", index, split_a, split_b, grid_h, grid_w, prefix, true);
-    Tensor output = kernels.empty({p.batch, prefix + p.num_a + p.num_b, p.dim}, tokens.scalar_type());
+    UnmergeProblem p = unmerge_problem(kernels.on, tokens, "tokens", match, places, true);
+    Tensor output = kernels.empty({p.batch, p.prefix + p.num_a + p.num_b, p.dim}, tokens.scalar_type());
     p.output = output.mutable_data_ptr();
     if (p.batch > 0 && p.dim > 0) kernels.unmerge(p);
-    return output;
+    stack[0] = torch::stable::detail::from(output);
   }
 
-  static Tensor unmerge_backward(const Tensor grad, const Tensor match, const OptTensor split_a, const OptTensor split_b,
-                                 int64_t grid_h, int64_t grid_w, int64_t prefix) {
+  static void unmerge_backward(StableIValue* stack, uint64_t count, uint64_t) {
+    Stack arguments(stack, count, 2 + Places::kCount);
+    const Tensor grad = arguments.take<Tensor>(), match = packed(arguments.take<Tensor>());
+    const Places places(arguments);
     const Kernels kernels(grad, "grad");
-    const Tensor index = packed(match);
-    UnmergeProblem p = unmerge_problem(kernels.on, grad, "grad", index, split_a, split_b, grid_h, grid_w, prefix, false);
-    Tensor output = kernels.empty({p.batch, prefix + p.num_b, p.dim}, grad.scalar_type());
+    UnmergeProblem p = unmerge_problem(kernels.on, grad, "grad", match, places, false);
+    Tensor output = kernels.empty({p.batch, p.prefix + p.num_b, p.dim}, grad.scalar_type());
     p.output = output.mutable_data_ptr();
     if (p.batch > 0 && p.dim > 0) kernels.unmerge_backward(p);
-    return output;
+    stack[0] = torch::stable::detail::from(output);
   }
 
   static void add_to(torch::stable::detail::StableLibrary& m) {
-    m.impl("bdm_forward", TORCH_BOX(&forward));
-    m.impl("bdm_backward", TORCH_BOX(&backward));
+    m.impl("bdm_forward", &forward);
+    m.impl("bdm_backward", &backward);
     m.impl("average_heads", TORCH_BOX(&average_heads));
-    m.impl("bdm_unmerge", TORCH_BOX(&unmerge));
-    m.impl("bdm_unmerge_backward", TORCH_BOX(&unmerge_backward));
+    m.impl("bdm_unmerge", &unmerge);
+    m.impl("bdm_unmerge_backward", &unmerge_backward);
+  }
+
+  // For programs without Python, where nothing is differentiated.
+  static void add_recorded_to(torch::stable::detail::StableLibrary& m) {
+    m.impl("merge", &merge);
+    m.impl("unmerge", &unmerge);
   }
 };
 

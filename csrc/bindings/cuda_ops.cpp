@@ -1,5 +1,5 @@
-// CUDA kernels of the operators that fpet_kernels/ops.py declares, under torch's stable ABI: one binary for every torch from 2.10
-// on. libtorch_cuda.so is looked for at the first call, not when this is loaded, so that loading never fails for want of it.
+// CUDA kernels of the operators that libfpet_ops.so or Python defines, under torch's stable ABI: one binary for every torch from
+// 2.10 on. libtorch_cuda.so is looked for at the first call, not when this is loaded, so that loading never fails for want of it.
 // Also, for fpet_kernels/backends.py, in plain C: what was compiled, and what it is on a device.
 //
 // With FPET_EMULATE_CUDA, for tests: the same over emulated kernels, for CPU tensors, under the name fpet_emulated.
@@ -187,7 +187,10 @@ extern "C" __attribute__((visibility("default"))) const char* fpet_cuda_kernels(
 }
 
 #ifndef FPET_EMULATE_CUDA
-STABLE_TORCH_LIBRARY_IMPL(fpet, CUDA, m) { Operators<CudaKernels>::add_to(m); }
+STABLE_TORCH_LIBRARY_IMPL(fpet, CUDA, m) {
+  Operators<CudaKernels>::add_to(m);
+  Operators<CudaKernels>::add_recorded_to(m);
+}
 #else
 STABLE_TORCH_LIBRARY_IMPL(fpet_emulated, CPU, m) { Operators<CudaKernels>::add_to(m); }
 #endif

@@ -1,5 +1,5 @@
-// CPU kernels of the operators that fpet_kernels/ops.py declares. Sees only torch's stable ABI: one binary serves every torch
-// from 2.10 on.
+// The operators' schemas and their CPU kernels, for Python and for programs without it. Sees only torch's stable ABI: one binary
+// serves every torch from 2.10 on.
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -90,4 +90,21 @@ class CpuKernels {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fpet, CPU, m) { Operators<CpuKernels>::add_to(m); }
+namespace {
+
+// As STABLE_TORCH_LIBRARY_FRAGMENT(fpet, m), which ends the process where a schema is there already.
+const struct Schemas {
+  Schemas() {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_library_init_fragment("fpet", __FILE__, __LINE__, &library));
+    define(library);
+  }
+  ~Schemas() { aoti_torch_delete_library_object(library); }
+  TorchLibraryHandle library = nullptr;
+} schemas;
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fpet, CPU, m) {
+  Operators<CpuKernels>::add_to(m);
+  Operators<CpuKernels>::add_recorded_to(m);
+}
