@@ -236,9 +236,10 @@ def select(x: Tensor, backend: str | None) -> str:
         ValueError: no backend has that name. RuntimeError: it has, and can't run this call.
     """
     if backend is None:
-        if x.is_cpu:  # the interpreter is a debugging tool: never chosen by itself
+        kind = x.device.type
+        if kind == "cpu":  # the interpreter is a debugging tool: never chosen by itself
             return "cpu" if _NATIVE.available else "reference"
-        if x.is_meta:  # shapes alone, by the operators' fake functions: the same for every backend
+        if kind == "meta":  # shapes alone, by the operators' fake functions: the same for every backend
             return "cpu"
         if PREFERRED and (row := _preferred(x)) is not None:
             return row.backend

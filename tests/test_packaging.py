@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fpet_kernels import backends
+
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = Path(torch.__file__).parent
 NO_COMPILER = "/nowhere/c++"
@@ -156,6 +158,85 @@ def test_switching_native_code_off_removes_what_an_earlier_build_left(tree: Path
     assert "FPET_NATIVE=0" in record["reason"] and "FPET_NATIVE=0" in record["cuda"]["reason"]
 
 
+def left_behind(tree: Path, name: str = "libfpet_ops.so", sources: str | None = None) -> Path:
+    """What an earlier build of these sources, or of the ones given, left in a tree."""
+    setup = "import sys; sys.argv[1:] = ['--version']; import setup; print(setup.fingerprint())"
+    sources = sources or run(sys.executable, "-c", setup, cwd=tree).splitlines()[-1]
+    facts = {"sources": sources, "compiler": "c++ of then", "torch": "2.10.0"}
+    record = {"native": True, **facts, "cuda": {"built": True, **facts}}
+    (tree / "fpet_kernels" / "_build_info.json").write_text(json.dumps(record))
+    library = tree / "fpet_kernels" / name
+    library.write_text("built earlier")
+    return library
+
+
+@pytest.mark.parametrize("record", ["whole", "damaged", "none"])
+def test_a_build_that_fails_deletes_no_working_library(tree: Path, tmp_path: Path, record: str) -> None:
+    """In the tree it stays; what is installed from the tree has it; both say so."""
+    library = left_behind(tree)
+    if record != "whole":
+        (tree / "fpet_kernels" / "_build_info.json").write_text("{" if record == "damaged" else "[]")
+    said = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, CXX="false")
+    assert "libfpet_ops.so of an earlier build is kept, since this one failed: cmake" in said
+    assert library.read_text() == "built earlier"
+    run(sys.executable, "setup.py", "-q", "build", "--build-lib", tmp_path / "lib", cwd=tree, CXX=NO_COMPILER)
+    assert (tmp_path / "lib" / "fpet_kernels" / "libfpet_ops.so").read_text() == "built earlier"
+    facts = json.loads((tmp_path / "lib" / "fpet_kernels" / "_build_info.json").read_text())
+    assert facts["native"] and "no C++ compiler was found" in facts["kept"]
+    run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, ok=False, CXX=NO_COMPILER, FPET_NATIVE="1")
+    assert library.exists()
+
+
+def test_a_library_of_other_sources_goes_where_none_can_be_built(tree: Path) -> None:
+    library = left_behind(tree, sources="others")
+    said = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, CXX="false")
+    assert "the native C++ library was NOT built" in said and not library.exists()
+    record = json.loads((tree / "fpet_kernels" / "_build_info.json").read_text())
+    assert record["failed"] and not record["native"]
+
+
+def test_a_failed_build_is_told_at_import(tree: Path) -> None:
+    """pip shows nothing of an install that succeeds; where no build was tried, nothing was expected and nothing is said."""
+    for compiler, told in (("false", True), (NO_COMPILER, False)):
+        run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, CXX=compiler)
+        said = run(sys.executable, "-c", "import fpet_kernels", cwd=tree)
+        assert ("UserWarning: the native library could not be built when fpet_kernels was installed: cmake" in said) == told, (
+            said
+        )
+
+
+@pytest.mark.parametrize("moved", ["tree", "build folder"])
+def test_a_built_checkout_that_was_moved_builds_again(tree: Path, moved: str) -> None:
+    """CMake's cache names the folder it was made in, and refuses another."""
+    fast = {
+        "FPET_NATIVE": "1",
+        "CMAKE_ARGS": "-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=any -DCMAKE_CXX_FLAGS_RELEASE=-O0",
+    }
+    run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=tree, **fast)
+    if moved == "tree":
+        tree = tree.rename(tree.with_name("elsewhere"))
+    else:
+        (cache,) = (tree / "build").glob("*/CMakeCache.txt")
+        cache.write_text(cache.read_text().replace(str(tree), "/elsewhere"))
+    run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=tree, **fast)
+    assert (tree / "fpet_kernels" / "libfpet_ops.so").stat().st_size > 100_000
+
+
+@pytest.mark.parametrize("mode", ["lenient", "strict"])
+def test_an_editable_install_has_the_libraries(tree: Path, tmp_path: Path, mode: str) -> None:
+    """In strict mode setuptools links every file by itself, and must be told of the libraries."""
+    shutil.copy(backends.library_path(), left_behind(tree))
+    site = tmp_path / "site"
+    run(
+        sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--target", site,
+        "--config-settings", f"editable_mode={mode}", "-e", tree, cwd=tmp_path, CXX=NO_COMPILER,
+    )  # fmt: skip
+    code = f"import site; site.addsitedir({str(site)!r}); import fpet_kernels as f; print(f.__file__); print(f.explain())"
+    said = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert (str(tree / "build") in said.splitlines()[0]) == (mode == "strict"), said
+    assert "native C++ kernels" in said, said
+
+
 def fake_nvcc(folder: Path, version: str) -> str:
     """A compiler that has a version and can't compile."""
     path = folder / "nvcc"
@@ -172,8 +253,8 @@ def fake_nvcc(folder: Path, version: str) -> str:
 def test_cuda_that_cannot_be_compiled_leaves_the_rest_and_says_so(
     tree: Path, tmp_path: Path, version: str, reason: str
 ) -> None:
-    """Unless it is demanded."""
-    (tree / "fpet_kernels" / "libfpet_cuda_ops.so").touch()
+    """Unless it is demanded. A library of other sources goes."""
+    left_behind(tree, "libfpet_cuda_ops.so", sources="others")
     with_cuda = str(tmp_path / "torch")  # a torch with CUDA, as far as a build can tell
     Path(with_cuda).mkdir()
     (tmp_path / "torch" / "version.py").write_text("__version__ = '2.11.0'\ncuda: Optional[str] = '13.0'\n")
