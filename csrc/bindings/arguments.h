@@ -96,10 +96,10 @@ struct Needs {
   static constexpr int kCount = 5;
 };
 
-#define FPET_FORWARD FPET_INPUTS ", " FPET_PLACES ", " FPET_COMPARISON
-#define FPET_BACKWARD                                                                                               \
-  "Tensor grad_tokens, Tensor? grad_size, " FPET_INPUTS ", " FPET_RESULTS ", " FPET_PLACES ", " FPET_COMPARISON "," \
-                                                                                                                " " FPET_NEEDS
+#define FPET_FORWARD FPET_INPUTS ", " FPET_PROBLEM
+#define FPET_GRADIENT_OF_OUTPUTS "Tensor grad_tokens, Tensor? grad_size"
+#define FPET_PROBLEM FPET_PLACES ", " FPET_COMPARISON
+#define FPET_BACKWARD FPET_GRADIENT_OF_OUTPUTS ", " FPET_INPUTS ", " FPET_RESULTS ", " FPET_PROBLEM ", " FPET_NEEDS
 #define FPET_GRADIENTS \
   "(Tensor grad_x, Tensor grad_in_size, Tensor grad_w_down, Tensor grad_w_up, Tensor grad_refined, Tensor grad_key)"
 
