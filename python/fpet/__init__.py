@@ -86,6 +86,9 @@ _ROOMS = {
         "remove",
     ),
 }
+_SUBMODULES = (
+    "adapters", "comparators", "data", "files", "huggingface", "layers", "measure", "retrieval", "serving", "tables", "train", "vit",
+)  # fmt: skip
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 
@@ -95,6 +98,8 @@ def __getattr__(name: str) -> Any:
         value: Any = importlib.import_module("fpet_kernels.version").__version__
     elif name in _ROOM_OF:
         value = getattr(importlib.import_module(_ROOM_OF[name], __name__), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f".{name}", __name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

@@ -340,6 +340,11 @@ def _wanted(model: nn.Module, extra: frozenset[str], statistics: set[str]) -> di
 def _rehearse(model: nn.Module, header: dict[str, Any], config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
     """Rebuilds the model without data, as :func:`load` will. TypeError: that is not the model which is here; says where."""
     bare: Any = _meta_copy(model)
+    for parent in list(bare.modules()):
+        for name, child in list(parent.named_children()):
+            for wrapper in _WRAPPERS:
+                if (inside := child._modules.get(wrapper[:-1])) is not None:
+                    parent._modules[name] = inside
     remove_adapters(remove_reduction(bare))
     remove(bare)
     for block in transformer_blocks(bare):
