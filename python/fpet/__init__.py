@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from .adapters import AdapterConfig, add_adapters, fold, register_method, remove_adapters
     from .adapters.freezing import ParameterCount, count_parameters, freeze
     from .comparators import register_reduction
+    from .files.loading import LoadedModel, load_model
     from .files.published import import_authors, import_petl_vit
     from .files.saving import load, save
     from .layers.refinement import KeyRefinement
+    from .train.build import load_run
     from .visualization import Visualization, visualize
     from .vit.config import MergeConfig
     from .vit.models import MergedFeatures, merged_features
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterConfig",
     "KeyRefinement",
+    "LoadedModel",
     "MergeConfig",
     "MergedFeatures",
     "ParameterCount",
@@ -38,6 +41,8 @@ __all__ = [
     "import_authors",
     "import_petl_vit",
     "load",
+    "load_model",
+    "load_run",
     "merged",
     "merged_features",
     "register_method",
@@ -66,11 +71,16 @@ _ROOMS = {
         "import_authors",
         "import_petl_vit",
     ),
+    ".files.loading": (
+        "LoadedModel",
+        "load_model",
+    ),
     ".files.saving": (
         "load",
         "save",
     ),
     ".layers.refinement": ("KeyRefinement",),
+    ".train.build": ("load_run",),
     ".visualization": (
         "Visualization",
         "visualize",
@@ -87,7 +97,8 @@ _ROOMS = {
     ),
 }
 _SUBMODULES = (
-    "adapters", "comparators", "data", "files", "huggingface", "layers", "measure", "retrieval", "serving", "tables", "train", "vit",
+    "adapters", "comparators", "data", "files", "huggingface", "layers", "measure", "retrieval", "serving", "tables", "train",
+    "vit",
 )  # fmt: skip
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..data.preprocessing import Preprocessing
+from ..data.preprocessing import Preprocessing, input_channels
 from .modelfile import dtype_name
 
 __all__ = ["Description", "describe", "first_difference", "fresh_names", "short_digests"]
@@ -51,13 +51,10 @@ def describe(model: Any) -> Description:
     name = config.get("architecture") or type(model).__name__.removeprefix("FPET").replace("Reduced", "")
     tag = f"{name}.{config['tag']}" if config.get("architecture") and config.get("tag") else config.get("architecture")
     embed = getattr(model, "patch_embed", None)
-    project = getattr(getattr(embed, "backbone", embed), "proj", None)
-    channels = getattr(project, "in_channels", None)
-    if channels is None and embed is not None:  # a hybrid stem: its first convolution
-        channels = next((m.in_channels for m in embed.modules() if isinstance(m, nn.Conv2d)), None)
     return Description(
         name=name, tag=tag, image_size=_pair(getattr(embed, "img_size", None)),
-        patch_size=_pair(getattr(embed, "patch_size", None)), channels=channels, width=getattr(model, "embed_dim", None),
+        patch_size=_pair(getattr(embed, "patch_size", None)), channels=input_channels(model),
+        width=getattr(model, "embed_dim", None),
         depth=len(model.blocks), global_pool=getattr(model, "global_pool", None),
         dtype=dtype_name(next(model.parameters()).dtype),
         preprocessing=Preprocessing.of(model).asdict() if config.get("architecture") else None,

@@ -36,7 +36,7 @@ from .atomic import write_atomically
 from .describing import describe, first_difference, fresh_names, short_digests
 from .modelfile import VERSION, assign, digest_of, dtype_name, packed_or_none, quantized_layers, read_file, unpacked
 
-__all__ = ["backbone_hash", "load", "named_parameters", "save", "tuned_tensors"]
+__all__ = ["backbone_hash", "load", "named_parameters", "running_statistics", "save", "tuned_tensors"]
 
 
 def save(
@@ -89,7 +89,7 @@ def save(
     if names is not None and len(names) != num_classes:
         raise ValueError(f"class_names: expected {num_classes}, one for each class of the head, got {len(names)}")
     description = describe(model)
-    frozen = _frozen(model, config.method, frozenset(extra), _statistics(model))
+    frozen = _frozen(model, config.method, frozenset(extra), running_statistics(model))
     header = {
         "version": VERSION,
         "adapter": dataclasses.asdict(config),
@@ -133,7 +133,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     config = AdapterConfig(**header["adapter"])
     _check_registered(header, config, path)
     backbone, extra = header["backbone"], frozenset(header.get("extra", ()))
-    statistics = {name for name in tensors if name in _statistics(model)}
+    statistics = {name for name in tensors if name in running_statistics(model)}
     frozen = _frozen(model, config.method, extra, statistics)
     if (found := digest_of(frozen)) != backbone["sha256"]:
         what = first_difference(backbone, describe(model), short_digests(frozen))
@@ -158,7 +158,7 @@ def backbone_hash(model: nn.Module, method: str | None = None) -> str:
     Args:
         method: whose frozen parameters; None takes that of the model's own adapters. Folded or cast weights are others.
     """
-    return _hash(model, method, frozenset(), set(_statistics(model)))
+    return _hash(model, method, frozenset(), set(running_statistics(model)))
 
 
 def tuned_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -167,7 +167,7 @@ def tuned_tensors(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {
         name: p for name, p in named_parameters(model).items() if roles[name] != "backbone" or p.requires_grad
     }  # fmt: skip
-    return found | _statistics(model)
+    return found | running_statistics(model)
 
 
 # --- what is in a model ------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def _kept_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {_plain(name): b for name, b in model.named_buffers() if name in kept}
 
 
-def _statistics(model: nn.Module) -> dict[str, Tensor]:
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
     """The running statistics of batch norms, which move in training though nothing trains them."""
     names = ("running_mean", "running_var", "num_batches_tracked")
     return {name: b for name, b in _kept_buffers(model).items() if name.rpartition(".")[2] in names}
@@ -334,7 +334,7 @@ def _wanted(model: nn.Module, extra: frozenset[str], statistics: set[str]) -> di
     wanted: dict[str, Tensor] = {
         name: p for name, p in named_parameters(model).items() if roles[name] != "backbone" or name in extra
     }  # fmt: skip
-    return wanted | {name: b for name, b in _statistics(model).items() if name in statistics}
+    return wanted | {name: b for name, b in running_statistics(model).items() if name in statistics}
 
 
 def _rehearse(model: nn.Module, header: dict[str, Any], config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
@@ -355,7 +355,7 @@ def _rehearse(model: nn.Module, header: dict[str, Any], config: AdapterConfig, t
     if header["num_classes"] is not None and hasattr(bare, "reset_classifier"):
         bare.reset_classifier(header["num_classes"])
     rebuilt = _rebuild(bare, json.loads(json.dumps(header)), config)
-    wanted = _wanted(rebuilt, frozenset(header["extra"]), set(_statistics(model)))
+    wanted = _wanted(rebuilt, frozenset(header["extra"]), set(running_statistics(model)))
     heads = [(a, b) for a, b in zip(head_modules(model), head_modules(rebuilt), strict=False) if type(a) is not type(b)]
     if heads:
         raise TypeError(

@@ -1,6 +1,6 @@
 """Tuning a backbone: settings, the training loop, evaluation, comparisons of several runs."""
 
-from .build import build_model, load_tuned
+from .build import build_model, load_run, load_tuned
 from .config import PRESETS, REDUCTIONS, Config, ConfigError
 from .evaluation import Score, evaluate, evaluate_run
 from .run import Result, learning_rate, train
@@ -8,5 +8,5 @@ from .studies import compare, comparison_table, sweep
 
 __all__ = [
     "PRESETS", "REDUCTIONS", "Config", "ConfigError", "Result", "Score", "build_model", "compare", "comparison_table",
-    "evaluate", "evaluate_run", "learning_rate", "load_tuned", "sweep", "train",
+    "evaluate", "evaluate_run", "learning_rate", "load_run", "load_tuned", "sweep", "train",
 ]  # fmt: skip

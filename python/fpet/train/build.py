@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ from .. import comparators
 from ..adapters import add_adapters
 from ..adapters.freezing import freeze, parameter_roles
 from ..files import saving
+from ..files.loading import LoadedModel, load_model
+from ..files.modelfile import read_file
 from ..vit.patch import find_model
 from . import pretrain
 from .config import EMBEDDED_MODEL, Config, ConfigError
-from .folder import MODEL
+from .folder import MODEL, SETTINGS
 
-__all__ = ["build_model", "embedded_weights", "freeze_for", "load_tuned", "reduce_tokens", "rehearse"]
+__all__ = [
+    "build_model", "embedded_weights", "finished", "freeze_for", "load_run", "load_tuned", "reduce_tokens", "rehearse",
+]  # fmt: skip
 
 
 def _backbone(config: Config, num_classes: int) -> nn.Module:
@@ -95,6 +100,48 @@ def load_tuned(config: Config, num_classes: int) -> nn.Module:
     """The model that a finished run left in its folder, reducing tokens as ``config`` says."""
     model = saving.load(_backbone(config, num_classes), Path(config.output) / MODEL)
     return reduce_tokens(model, config)
+
+
+def finished(folder: str | Path, **changes: Any) -> Config:
+    """The settings of a finished run, wherever its folder is now.
+
+    A file of weights that is not where it was is looked for in the folder and in the one around it.
+
+    Args:
+        changes: settings that differ.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished run. ConfigError: its settings are damaged, or there is no such setting.
+    """
+    folder = Path(folder)
+    for name in (SETTINGS, MODEL):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"folder: expected a finished run with {name}, got {folder}")
+    config = Config.from_json((folder / SETTINGS).read_text(encoding="utf-8"))
+    if config.weights is not None and not Path(config.weights).is_file():
+        near = [place / Path(config.weights).name for place in (folder, folder.absolute().parent)]
+        config = dataclasses.replace(config, weights=next((str(p) for p in near if p.is_file()), config.weights))
+    return dataclasses.replace(config, output=str(folder), **changes)
+
+
+def load_run(folder: str | Path, *, weights: str | Path | None = None) -> LoadedModel:
+    """The model, the transform and the class names of a finished run; its folder may have been moved or copied.
+
+    Args:
+        folder: ``output`` of the run. weights: the backbone's file, where it is neither where it was nor in the folder.
+
+    Raises:
+        FileNotFoundError: the run has not finished, or the backbone's weights are not there. ValueError: a file is damaged, or
+            does not fit.
+    """
+    config = finished(folder, **({} if weights is None else {"weights": str(weights)}))
+    path = Path(folder) / MODEL
+    header, _ = read_file(path)
+    if config.model == EMBEDDED_MODEL or config.weights is not None:
+        file = embedded_weights(config) if config.model == EMBEDDED_MODEL else Path(str(config.weights))
+        if not file.is_file():
+            raise FileNotFoundError(f"weights: expected the backbone of {folder} in {file}; pass weights=FILE")
+    return load_model(path, _backbone(config, header["num_classes"]))
 
 
 def rehearse(config: Config) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -17,8 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from ..data import Dataset, batches
-from .build import load_tuned
-from .config import Config
+from .build import finished, load_tuned
 from .inputs import load_data
 from .processes import pick_device, place
 
@@ -83,11 +81,7 @@ def evaluate_run(folder: str | Path, **changes: Any) -> Score:
     Raises:
         FileNotFoundError: the run has not finished. ConfigError, ValueError: a change or a file does not fit.
     """
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"folder: expected a finished run with {name}, got {folder}")
-    config = dataclasses.replace(Config.from_json((folder / "config.json").read_text()), output=str(folder), **changes)
+    config = finished(folder, **changes)
     config.check()
     splits = load_data(config)
     device = pick_device(config.device)

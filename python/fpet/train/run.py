@@ -24,6 +24,7 @@ from .. import comparators
 from ..adapters.freezing import count_parameters
 from ..comparators.ltmp import PENALTY
 from ..data import Splits, batches
+from ..data.preprocessing import Preprocessing
 from ..files import saving
 from ..files.atomic import write_atomically
 from . import pretrain, sharding
@@ -138,6 +139,7 @@ def _train(
     if task.best is not None:
         for name, parameter in loop.tuned.items():
             sharding.assign(parameter, task.best["tuned"][name])
+        task.assign_statistics(task.best["statistics"])
     accuracy = task.score(splits.test).accuracy if test else None
     counts = count_parameters(task.model)
     result = Result(
@@ -152,8 +154,11 @@ def _train(
         model = task.model
         if loop.sharded:  # files are written from a model with whole parameters
             model = build_model(config, splits.num_classes)
-            model.load_state_dict(tuned, strict=False)
-        saving.save(model, folder / MODEL)
+            model.load_state_dict(tuned | task.statistics(), strict=False)
+        saving.save(
+            model, folder / MODEL, class_names=splits.class_names,
+            preprocessing=Preprocessing.squashed(config.image_size, config.normalize).asdict(),
+        )  # fmt: skip
         write_atomically(folder / "result.json", result.to_json().encode())
     return result
 
@@ -205,14 +210,25 @@ class _Classification(Task):
         score = self.score(self.splits.val)
         if self.best is None or score.accuracy > self.best["accuracy"]:
             kept = {name: sharding.full(p).cpu().clone() for name, p in self.tuned.items()}
-            self.best = {"accuracy": score.accuracy, "epoch": epoch, "tuned": kept}
+            self.best = {"accuracy": score.accuracy, "epoch": epoch, "tuned": kept, "statistics": self.statistics()}
         return {"val_loss": score.loss, "val_accuracy": score.accuracy}
 
     def state(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "statistics": self.statistics()}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.best = state["best"]
+        self.assign_statistics(state["statistics"])
+
+    def statistics(self) -> dict[str, Tensor]:
+        """The running statistics of the model's batch norms, copied; empty for most vision transformers."""
+        return {name: value.cpu().clone() for name, value in saving.running_statistics(self.model).items()}
+
+    @torch.no_grad()
+    def assign_statistics(self, values: dict[str, Tensor]) -> None:
+        """Copies them back."""
+        for name, buffer in saving.running_statistics(self.model).items():
+            buffer.copy_(values[name])
 
     def score(self, dataset: Any) -> Score:
         config = self.config
