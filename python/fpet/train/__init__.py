@@ -3,7 +3,8 @@
 from .build import build_model, load_run, load_tuned
 from .config import PRESETS, REDUCTIONS, Config, ConfigError
 from .evaluation import Score, evaluate, evaluate_run
-from .run import Result, learning_rate, train
+from .result import Result
+from .run import learning_rate, train
 from .studies import compare, comparison_table, sweep
 
 __all__ = [

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from .. import comparators
 from ..adapters import add_adapters
 from ..adapters.freezing import freeze, parameter_roles
 from ..files import saving
+from ..files.atomic import write_atomically
+from ..files.fetching import one_attempt
 from ..files.loading import LoadedModel, load_model
 from ..files.modelfile import read_file
 from ..vit.patch import find_model
@@ -22,26 +26,101 @@ from .config import EMBEDDED_MODEL, Config, ConfigError
 from .folder import MODEL, SETTINGS
 
 __all__ = [
-    "build_model", "embedded_weights", "finished", "freeze_for", "load_run", "load_tuned", "reduce_tokens", "rehearse",
+    "backbone", "build_model", "embedded_weights", "finished", "freeze_for", "keep_backbone", "load_run", "load_tuned",
+    "load_weights", "prepare", "reduce_tokens", "rehearse",
 ]  # fmt: skip
 
 
-def _backbone(config: Config, num_classes: int) -> nn.Module:
-    """With weights and a fresh head."""
+def backbone(config: Config, num_classes: int) -> nn.Module:
+    """The bare model with weights and a fresh head.
+
+    Raises:
+        ConfigError: weights that can't be had, or are of another model.
+    """
     if config.model == EMBEDDED_MODEL:
         return pretrain.load_backbone(embedded_weights(config), num_classes, config.drop_path)
-    load = config.pretrained and config.weights is None
-    model = _create(config, num_classes, load)
-    if config.weights is not None and config.weights.endswith(".npz"):
-        model.load_pretrained(config.weights)  # published JAX weights; timm leaves out a head of another size
-    elif config.weights is not None:
-        state = timm.models.load_state_dict(config.weights, use_ema=False)
-        own = model.state_dict()
-        state = {n: v for n, v in state.items() if not n.startswith("head") or (n in own and own[n].shape == v.shape)}
-        missing, extra = model.load_state_dict(state, strict=False)
-        if extra or any(not name.startswith("head") for name in missing):
-            raise ValueError(f"weights: {config.weights} lacks {missing} and has {extra} besides what {config.model} takes")
-    return model
+    if config.weights is not None or not config.pretrained:
+        model = _create(config, num_classes, pretrained=False)
+        if config.weights is not None:
+            load_weights(model, Path(config.weights))
+        return model
+    try:
+        with one_attempt():
+            return _create(config, num_classes, pretrained=True)
+    except (OSError, RuntimeError) as error:  # huggingface_hub's and urllib's are OSErrors; timm has a RuntimeError
+        known = timm.models.get_pretrained_cfg(config.model)
+        if not known.has_weights:
+            raise ConfigError(
+                f"model: timm has no pre-trained weights of {config.model}; pass --weights FILE or --no-pretrained"
+            ) from error
+        file = (
+            f"model.safetensors of {known.hf_hub_id} on the Hugging Face Hub"
+            if known.hf_hub_id
+            else str(known.url or known.file)
+        )
+        raise ConfigError(
+            f"model: the weights of {config.model} can't be fetched ({_first_line(error)}); fetch {file} where there is a "
+            "network, and pass it by --weights FILE"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).partition("\n")[0].partition(". ")[0]
+
+
+def load_weights(model: Any, path: Path) -> None:
+    """Gives ``model`` a file of weights as timm would: position embeddings and patches of another size are resampled.
+
+    A head of another number of classes stays as it is. ``.npz`` is JAX's, as published with ViT.
+
+    Raises:
+        ConfigError: no file of weights, or of another model.
+    """
+    try:
+        if path.suffix in (".npz", ".npy"):
+            model.load_pretrained(str(path))  # timm leaves out a head of another size
+            return
+        state: Any = timm.models.load_state_dict(str(path), use_ema=False)
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        if convert is not None:
+            state = convert(state, model)
+    except Exception as error:  # pickle, zip, safetensors, numpy and timm each have their own
+        raise ConfigError(
+            f"weights: {path} can't be read as weights of this model: {type(error).__name__}: {_first_line(error)}"
+        ) from error
+    own, classifier = model.state_dict(), model.pretrained_cfg.get("classifier") or "head"
+    head = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    of_head = {n for n in {*state, *own} if n.startswith(tuple(f"{h}." for h in head))}
+    state = {n: v for n, v in state.items() if n not in of_head or (n in own and own[n].shape == v.shape)}
+    missing, extra = sorted(own.keys() - state.keys() - of_head), sorted(state.keys() - own.keys())
+    if missing or extra:
+        raise ConfigError(
+            f"weights: {path} is of another model: it lacks {_some(missing)} and has {_some(extra)} besides what this one takes"
+        )
+    for name, value in state.items():
+        if value.shape != own[name].shape:
+            raise ConfigError(
+                f"weights: {path} is of another model: expected {name} of the shape {tuple(own[name].shape)}, got "
+                f"{tuple(value.shape)}"
+            )
+    model.load_state_dict(state, strict=False)
+
+
+def _some(names: list[str]) -> str:
+    return "nothing" if not names else names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def keep_backbone(model: nn.Module, config: Config) -> None:
+    """Writes the bare ``model`` into the run's folder where it could not be had again otherwise, for :func:`load_tuned`."""
+    path = Path(config.output) / pretrain.FILE
+    if config.model == EMBEDDED_MODEL:
+        if config.weights is not None and path.absolute() != Path(config.weights).absolute():
+            write_atomically(path, Path(config.weights).read_bytes())
+    elif config.keep_backbone and (config.weights is not None or not config.pretrained):
+        state = {n: v.detach().cpu().contiguous() for n, v in model.state_dict().items() if not n.startswith("head")}
+        write_atomically(path, safetensors_bytes(state))
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _create(config: Config, num_classes: int, pretrained: bool) -> Any:
@@ -56,7 +135,7 @@ def embedded_weights(config: Config) -> Path:
     return Path(config.weights) if config.weights is not None else Path(config.output) / pretrain.FILE
 
 
-def _prepare(model: nn.Module, config: Config) -> nn.Module:
+def prepare(model: nn.Module, config: Config) -> nn.Module:
     """Adapters, the reduction of tokens, and what is trained."""
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -93,19 +172,20 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
 
     The embedded backbone has to be pre-trained already: ``config.weights``, or ``backbone.safetensors`` in ``config.output``.
     """
-    return _prepare(_backbone(config, num_classes), config)
+    return prepare(backbone(config, num_classes), config)
 
 
 def load_tuned(config: Config, num_classes: int) -> nn.Module:
     """The model that a finished run left in its folder, reducing tokens as ``config`` says."""
-    model = saving.load(_backbone(config, num_classes), Path(config.output) / MODEL)
+    model = saving.load(backbone(config, num_classes), Path(config.output) / MODEL)
     return reduce_tokens(model, config)
 
 
 def finished(folder: str | Path, **changes: Any) -> Config:
     """The settings of a finished run, wherever its folder is now.
 
-    A file of weights that is not where it was is looked for in the folder and in the one around it.
+    Frozen weights in the folder come before the file that they were read from. Where neither is there, a file of that name is
+    looked for in the folder around it.
 
     Args:
         changes: settings that differ.
@@ -118,7 +198,9 @@ def finished(folder: str | Path, **changes: Any) -> Config:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"folder: expected a finished run with {name}, got {folder}")
     config = Config.from_json((folder / SETTINGS).read_text(encoding="utf-8"))
-    if config.weights is not None and not Path(config.weights).is_file():
+    if (folder / pretrain.FILE).is_file():
+        config = dataclasses.replace(config, weights=str(folder / pretrain.FILE))
+    elif config.weights is not None and not Path(config.weights).is_file():
         near = [place / Path(config.weights).name for place in (folder, folder.absolute().parent)]
         config = dataclasses.replace(config, weights=next((str(p) for p in near if p.is_file()), config.weights))
     return dataclasses.replace(config, output=str(folder), **changes)
@@ -141,7 +223,7 @@ def load_run(folder: str | Path, *, weights: str | Path | None = None) -> Loaded
         file = embedded_weights(config) if config.model == EMBEDDED_MODEL else Path(str(config.weights))
         if not file.is_file():
             raise FileNotFoundError(f"weights: expected the backbone of {folder} in {file}; pass weights=FILE")
-    return load_model(path, _backbone(config, header["num_classes"]))
+    return load_model(path, backbone(config, header["num_classes"]))
 
 
 def rehearse(config: Config) -> None:
@@ -149,13 +231,17 @@ def rehearse(config: Config) -> None:
     try:
         if config.model == EMBEDDED_MODEL:
             with torch.random.fork_rng(devices=[]):
-                _prepare(pretrain.embedded_backbone(2, config.drop_path), config)
+                prepare(pretrain.embedded_backbone(2, config.drop_path), config)
             return
-        if not timm.is_model(config.model):
-            raise ConfigError(f"model: expected {EMBEDDED_MODEL!r} or a model that timm knows, got {config.model!r}")
         with torch.device("meta"):
-            reduce_tokens(_create(config, 2, pretrained=False), config)
+            try:
+                model = _create(config, 2, pretrained=False)
+            except TypeError as error:  # timm's other architectures take no img_size
+                raise TypeError(f"{error}; fpet tunes vision transformers") from error
+            prepare(model, config)
     except ConfigError:
         raise
-    except (TypeError, ValueError, IndexError) as error:
+    except TypeError as error:
+        raise ConfigError(f"model: {config.model!r} can't be tuned here: {error}") from error
+    except (ValueError, IndexError, NotImplementedError) as error:
         raise ConfigError(str(error)) from error

@@ -98,6 +98,10 @@ class Task:
     columns: tuple[str, ...]
     identity: str
 
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """In which items come, (items,); it depends on nothing but seed and epoch."""
+        return epoch_order(self.items, seed, epoch)
+
     def feed(self, batches: list[list[int]], share: slice, epoch: int) -> Iterator[Any]:
         """This process's share of each of ``batches``, which are lists of items."""
         raise NotImplementedError
@@ -110,8 +114,8 @@ class Task:
         """The loss of a part, and for the log: the sum of each column over its items, and behind them their number."""
         raise NotImplementedError
 
-    def end_epoch(self, epoch: int) -> dict[str, float]:
-        """What else the row of the epoch has. Every process calls this."""
+    def end_epoch(self, loop: Loop) -> dict[str, float]:
+        """What else the row of the epoch, ``loop.epoch``, has. Every process calls this."""
         return {}
 
     def state(self) -> dict[str, Any]:
@@ -148,6 +152,8 @@ class Loop:
         if self.sharded:
             sharding.shard(task.model, self.device)
         self.tuned = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
+        kept = task.model.state_dict().keys()
+        self.statistics = {name: b for name, b in task.model.named_buffers() if name in kept}
         self.optimizer = torch.optim.AdamW(self.tuned.values(), lr=plan.rate(0), weight_decay=plan.weight_decay)
 
     @property
@@ -184,8 +190,13 @@ class Loop:
         return self.history
 
     def tuned_values(self) -> dict[str, Tensor]:
-        """What is tuned, whole; every process has to ask for it."""
-        return {name: sharding.full(p) for name, p in self.tuned.items()}
+        """What training changes, whole, by name: parameters, and running statistics. Every process has to ask for it."""
+        return {name: sharding.full(p) for name, p in {**self.tuned, **self.statistics}.items()}
+
+    def assign(self, values: dict[str, Tensor]) -> None:
+        """Takes what :meth:`tuned_values` gave, or nothing; every process has to."""
+        for name, value in values.items():
+            sharding.assign({**self.tuned, **self.statistics}[name], value)
 
     def _network(self) -> Any:
         network: Any = self.task.network
@@ -198,7 +209,7 @@ class Loop:
     def _batches(self) -> tuple[list[list[int]], slice]:
         """The batches of the epoch that are left, and which part of each is this process's."""
         size, share = self.plan.batch_size, self.plan.batch_size // self.world
-        order = epoch_order(self.task.items, self.plan.seed, self.epoch)[: self.steps_per_epoch * size]
+        order = self.task.order(self.plan.seed, self.epoch)[: self.steps_per_epoch * size]
         return order.view(-1, size)[self.step_in_epoch :].tolist(), slice(self.rank * share, (self.rank + 1) * share)
 
     def _step(self, network: Any, batch: Any) -> float:
@@ -236,7 +247,7 @@ class Loop:
             **{f"train_{name}": value / count for name, value in zip(self.task.columns, sums, strict=True)},
             "seconds": self.seconds,
         }  # fmt: skip
-        row |= self.task.end_epoch(self.epoch)
+        row |= self.task.end_epoch(self)
         self.history.append(row)
         self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, [0.0] * len(self.sums)
         self.progress.say(_line(row, self.plan.epochs))
@@ -288,10 +299,9 @@ class Loop:
         state = first_decides(None if newest is None else newest[1])
         if state is None:
             return
-        if state.get("identity") != self.task.identity or state["tuned"].keys() != self.tuned.keys():
+        if state.get("identity") != self.task.identity or state["tuned"].keys() != {*self.tuned, *self.statistics}:
             raise ValueError(f"output: the run in {self.folder} was on another backbone; choose another folder")
-        for name, parameter in self.tuned.items():
-            sharding.assign(parameter, state["tuned"][name])
+        self.assign(state["tuned"])
         self.optimizer.load_state_dict(
             sharding.distributed_optimizer_state(state["optimizer"], list(self.tuned.values()))
         )  # fmt: skip

@@ -11,7 +11,9 @@ import torch
 
 from . import pretrain
 from .config import EMBEDDED_MODEL, Config
-from .run import Result, train
+from .inputs import resolve
+from .result import Result
+from .run import train
 
 __all__ = ["compare", "comparison_table", "sweep"]
 
@@ -35,7 +37,7 @@ def sweep(config: Config, scales: Sequence[float]) -> Result:
     training and validation images together, into ``OUTPUT/chosen``, and tested.
     """
     config = _shared_backbone(config)
-    honest = dataclasses.replace(config, protocol="honest")
+    honest = dataclasses.replace(config, protocol="honest", keep_backbone=False)
     trials = {s: dataclasses.replace(honest, scale=s, output=f"{config.output}/s-{s:g}") for s in sorted(scales)}
     for trial in trials.values():
         trial.check()
@@ -43,7 +45,7 @@ def sweep(config: Config, scales: Sequence[float]) -> Result:
     for s, accuracy in found.items():
         log.info("s = %g: %.2f %% on validation", s, 100 * accuracy)
     best = max(found, key=lambda s: found[s])
-    if config.protocol == "honest":
+    if resolve(config).protocol == "honest":
         return train(trials[best])
     return train(dataclasses.replace(config, scale=best, output=f"{config.output}/chosen"))
 
@@ -51,8 +53,12 @@ def sweep(config: Config, scales: Sequence[float]) -> Result:
 def compare(config: Config, reductions: Sequence[str], seeds: Sequence[int]) -> dict[str, list[float]]:
     """Test accuracy of each reduction for each seed, on the same backbone and data; runs in ``OUTPUT/REDUCTION-SEED``."""
     config = _shared_backbone(config)
+    keep = config.keep_backbone and config.weights is None  # or every run would hold a copy of the same file
     runs = {
-        name: [dataclasses.replace(config, reduction=name, seed=s, output=f"{config.output}/{name}-{s}") for s in seeds]
+        name: [
+            dataclasses.replace(config, reduction=name, seed=s, output=f"{config.output}/{name}-{s}", keep_backbone=keep)
+            for s in seeds
+        ]
         for name in reductions
     }
     for run in (run for several in runs.values() for run in several):

@@ -11,13 +11,14 @@ import pytest
 
 from fpet.train import Config, ConfigError, learning_rate, train
 from fpet.train.config import add_arguments, from_arguments
+from fpet.train.inputs import resolve
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"lr": -1.0}, "lr: expected a finite number of at least 0, got -1.0"),
-        ({"lr": "fast"}, "lr: expected float, got 'fast'"),
+        ({"lr": "fast"}, "lr: expected float or None, got 'fast'"),
         ({"epochs": True}, "epochs: expected int, got True"),
         ({"task": "where"}, "task: expected one of count"),
         ({"method": "adapter"}, "method: expected one of"),
@@ -53,6 +54,7 @@ def test_presets() -> None:
     add_arguments(parser)
     paper = from_arguments(parser.parse_args(["--preset", "paper", "--task", "kitti"]))
     assert (paper.epochs, paper.batch_size, paper.lr, paper.weight_decay) == (100, 64, 1e-3, 1e-4)
+    paper = resolve(paper)
     assert (paper.warmup_epochs, paper.warmup_lr, paper.min_lr, paper.drop_path) == (10, 1e-6, 1e-5, 0.1)
     assert (paper.image_size, paper.normalize, paper.layer, paper.task) == (224, "none", 6, "kitti")
     assert from_arguments(parser.parse_args([])) == Config()
