@@ -413,7 +413,7 @@ def test_untuned_accuracies_are_of_each_reduction_on_the_same_images(
         images = source.batch(50, torch.Generator().manual_seed(1_000_003 + seed))[0]
         for name in found:
             model = random_backbone(40, seed)[0].eval()
-            expected = mean_score(model if name == "none" else comparators.apply(model, name), images)
+            expected = mean_score(model if name == "none" else comparators.apply_reduction(model, name), images)
             assert found[name][seed] == pytest.approx(100 * expected, rel=1e-5), (name, seed)
         assert len({values[seed] for values in found.values()}) == len(found)
     monkeypatch.setattr(pretrain, "pretrain", lambda *args: pytest.fail("what is there is not trained again"))
