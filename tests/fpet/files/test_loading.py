@@ -112,6 +112,8 @@ def test_a_run_can_be_moved_and_used_from_anywhere(
         x = found.transform(picture())[None]
         assert x.shape == (1, 3, 32, 32) and found.model(x).shape == (1, 8) and found.class_names is None
         assert evaluate_run("there/mine").accuracy == pytest.approx(accuracy)
+        assert fpet.load_run(folder / "mine").model(x).shape == (1, 8), "the run has a copy of its own"
+        (folder / "mine" / "backbone.safetensors").unlink()
         with pytest.raises(FileNotFoundError, match=r"weights: expected the backbone of .*; pass weights=FILE"):
             fpet.load_run(folder / "mine")
         again = fpet.load_run(folder / "mine", weights=folder / "away.safetensors")
