@@ -123,10 +123,8 @@ def recorded() -> dict[str, Any]:
 def keep(package: Path, files: tuple[str, ...]) -> bool:
     """Brings the libraries of an earlier build in this tree to ``package``; whether the first of them was there."""
     tree = ROOT / "fpet_kernels"
-    for path in (path for pattern in files for path in tree.glob(pattern)):
-        for_this_python = not path.name.startswith("_introspect") or path.name.endswith(sysconfig.get_config_var("EXT_SUFFIX"))
-        if package != tree and for_this_python:
-            shutil.copy2(path, package)
+    for path in (tree / name for name in files if package != tree and (tree / name).exists()):
+        shutil.copy2(path, package)
     return (package / files[0]).exists()
 
 
@@ -149,21 +147,21 @@ class Build:
         self.compiler, self.torch = compiler, torch
         self.cmake, self.ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
 
-    def run(self, prefix: Path, component: str, targets: list[str], *options: str, **chosen: object) -> tuple[Path, list[str]]:
-        """Configures, compiles ``targets`` and installs ``component`` under ``prefix``/fpet_kernels.
+    def run(self, prefix: Path, component: str, target: str, *options: str, **chosen: object) -> tuple[Path, list[str]]:
+        """Configures, compiles ``target`` and installs ``component`` under ``prefix``/fpet_kernels.
 
         Returns the folder it was compiled in, where `make ctest` finds the objects, and what CMake said.
         """
         given = {name: os.environ.get(name) for name in ("CXXFLAGS", "CMAKE_ARGS")}
-        key = json.dumps([str(ROOT), self.compiler, str(self.torch), given, sys.implementation.cache_tag, chosen])
-        folder = ROOT / "build" / f"{targets[0]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+        key = json.dumps([str(ROOT), self.compiler, str(self.torch), given, chosen])
+        folder = ROOT / "build" / f"{target}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
         common = [f"-DCMAKE_MAKE_PROGRAM={self.ninja}", "-DCMAKE_BUILD_TYPE=Release", f"-DFPET_TORCH_DIR={self.torch}"]
         jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         arguments = shlex.split(os.environ.get("CMAKE_ARGS", ""))
 
         def build() -> tuple[Path, list[str]]:
             said = run(self.cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, *common, *options, *arguments)
-            run(self.cmake, "--build", folder, "--target", *targets, *jobs)
+            run(self.cmake, "--build", folder, "--target", target, *jobs)
             run(self.cmake, "--install", folder, "--component", component, "--prefix", prefix)
             return folder, said
 
@@ -180,21 +178,11 @@ class Build:
             return build()
 
     def cpu(self, prefix: Path) -> dict[str, object]:
-        """Builds the CPU library and the introspection module; returns the facts worth recording."""
-        introspection = Path(sysconfig.get_path("include"), "Python.h").exists()
-        options = ["-DFPET_CUDA=OFF"]
-        try:
-            pybind11 = importlib.import_module("pybind11").get_cmake_dir()
-            options += [f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}"] if introspection else []
-        except ImportError:
-            introspection = False
-        targets = ["fpet_ops", "_introspect"] if introspection else ["fpet_ops"]
-        folder, _ = self.run(prefix, "python", targets, *options, f"-DFPET_INTROSPECT={'ON' if introspection else 'OFF'}")
-        if not introspection:
-            remove(prefix / "fpet_kernels", "_introspect.*.so")
+        """Builds the CPU library; returns the facts worth recording."""
+        folder, _ = self.run(prefix, "python", "fpet_ops", "-DFPET_CUDA=OFF")
         version = subprocess.run([*self.compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
-        return {"compiler": version.partition("\n")[0], "torch": torch_version(self.torch), "introspection": introspection,
-                "folder": folder.relative_to(ROOT).as_posix()}  # fmt: skip
+        torch = torch_version(self.torch)
+        return {"compiler": version.partition("\n")[0], "torch": torch, "folder": folder.relative_to(ROOT).as_posix()}
 
     def cuda(self, prefix: Path) -> dict[str, object]:
         """Builds the library of CUDA kernels."""
@@ -212,7 +200,7 @@ class Build:
         if os.environ.get("CXX") and not os.environ.get("CUDAHOSTCXX"):
             options.append(f"-DCMAKE_CUDA_HOST_COMPILER={shutil.which(self.compiler[-1]) or self.compiler[-1]}")
         archs = {name: os.environ.get(name) for name in ("FPET_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CUDAHOSTCXX")}
-        folder, said = self.run(prefix, "python_cuda", ["fpet_cuda_ops"], *options, nvcc=nvcc, **archs)
+        folder, said = self.run(prefix, "python_cuda", "fpet_cuda_ops", *options, nvcc=nvcc, **archs)
         facts = next(m.groupdict() for line in said if (m := ANNOUNCED.search(line)))
         return {"nvcc": nvcc, **facts, "folder": folder.relative_to(ROOT).as_posix()}
 
@@ -250,7 +238,7 @@ class BuildNative(build_ext):
                 failed = {} if off or why.missing else {"failed": True}
                 return {"built": False, "reason": str(why), **failed}
 
-        cpu = attempt("FPET_NATIVE", Build.cpu, "libfpet_ops.so", "_introspect.*.so")
+        cpu = attempt("FPET_NATIVE", Build.cpu, "libfpet_ops.so")
         cuda = attempt("FPET_CUDA", Build.cuda, "libfpet_cuda_ops.so")
         self.say("native C++ library", cpu, "Tensors on the CPU take the pure-PyTorch path: right, but slower.")
         self.say("library of CUDA kernels", cuda, "Tensors on a GPU take Triton where it is installed.")
@@ -287,19 +275,16 @@ class BuildNative(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """Tags the wheel after what was built: the operators need one platform, the introspection module one Python as well."""
+    """Tags the wheel after what was built: the libraries need a platform, and no particular Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         info = getattr(self.get_finalized_command("build_ext"), "info", {})
-        python, abi, platform = super().get_tag()
-        if not info.get("introspection"):
-            python, abi = "py3", "none"
-        return python, abi, platform if info.get("native") or info.get("cuda", {}).get("built") else "any"
+        return "py3", "none", super().get_tag()[2] if info.get("native") or info.get("cuda", {}).get("built") else "any"
 
 
 setup(
     packages=[*find_packages(include=["fpet_kernels", "fpet_kernels.*"]), *find_packages("python", include=["fpet", "fpet.*"])],
     package_dir={"fpet": "python/fpet"},
-    ext_modules=[Extension("fpet_kernels._introspect", sources=[])],
+    ext_modules=[Extension("fpet_kernels._native", sources=[])],  # so that there is something to build
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )

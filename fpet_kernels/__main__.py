@@ -7,7 +7,6 @@ pure-PyTorch path; 2, a backend gives wrong results.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import platform
@@ -32,14 +31,11 @@ TOLERANCE = 1e-4  # float32 against float64 on a tiny problem, relative to the l
 
 
 def _build_facts() -> dict[str, Any]:
-    """What the installation recorded, and what the introspection module says of itself (it may be absent)."""
+    """What the installation recorded, and what the CPU library says of itself."""
     facts: dict[str, Any] = {}
     if record := build_record():
         facts["recorded"] = record
-    try:
-        facts["introspection"] = importlib.import_module("fpet_kernels._introspect").build_facts()
-    except ImportError as error:
-        facts["no_introspection"] = str(error)
+    facts["library"] = backends.cpu_facts()
     return facts
 
 
@@ -156,10 +152,7 @@ def _build_lines(build: dict[str, Any]) -> list[str]:
     cuda = (recorded or {}).get("cuda", {})
     if "reason" in cuda:
         lines.append("CUDA        not built: " + cuda["reason"].replace("\n", "\n" + 14 * " "))
-    facts = build.get("introspection")
-    if facts is None:
-        lines.append(f"introspect  no: {build['no_introspection']}")
-    else:
+    if facts := build["library"]:
         lines += [
             f"compiler    {facts['compiler']}, C++ {facts['cxx_standard']}, {' '.join(facts['flags'])}",
             f"ISA         {facts['cpu_isa_in_use']} in use; compiled: {', '.join(facts['cpu_isas_compiled'])}",

@@ -62,11 +62,30 @@ PREFERRED: tuple[Preference, ...] = ()
 _NATIVE, _CUDA = native.CPU, native.CUDA
 
 
-def _ask_cuda(question: str, *arguments: int) -> dict[str, Any]:
-    """The answer of one of the plain C functions of the CUDA library (csrc/bindings/cuda_ops.cpp)."""
-    ask = getattr(ctypes.CDLL(str(library_path(native.CUDA_LIBRARY))), question)
+def _ask(library: str, question: str, *arguments: int) -> dict[str, Any]:
+    """The answer of one of the plain C functions of a library (csrc/bindings/introspect.cpp, cuda_ops.cpp)."""
+    ask = getattr(ctypes.CDLL(str(library_path(library))), question)
     ask.restype = ctypes.c_char_p
-    return json.loads(ask(*arguments))
+    answer: dict[str, Any] = json.loads(ask(*arguments))
+    return answer
+
+
+def _ask_cuda(question: str, *arguments: int) -> dict[str, Any]:
+    return _ask(native.CUDA_LIBRARY, question, *arguments)
+
+
+def cpu_facts() -> dict[str, Any]:
+    """The CPU library's ``compiler``, ``flags``, ``cxx_standard``, ``cpu_isas_compiled`` (best first) and ``cpu_isa_in_use``.
+
+    Empty without it, or where it is of an older build that can't tell.
+    """
+    if not _NATIVE.available:
+        return {}
+    try:
+        facts = _ask(native.CPU_LIBRARY, "fpet_cpu_build")
+    except AttributeError:
+        return {}
+    return {**facts, "flags": facts["flags"].split(), "cpu_isas_compiled": facts["cpu_isas_compiled"].split()}
 
 
 def _cuda_driver() -> int:
@@ -109,10 +128,10 @@ def _refused_by_cuda(index: int) -> str | None:
 
 
 def _no_code_for(capability: tuple[int, int], targets: str, runtime: int, driver: int) -> str | None:
-    """Why code compiled for ``targets`` (CMake's names) by CUDA ``runtime`` doesn't run under ``driver`` on such a GPU; None if it does.
+    """Why code compiled for ``targets`` (CMake's names) by CUDA ``runtime`` doesn't run under ``driver`` on this GPU, or None.
 
-    Machine code runs on its own compute capability and on later minor ones; where its name ends in a letter, on its own alone ("a")
-    or its family ("f", later minors). PTX runs on all later ones, once a driver no older than its compiler has compiled it.
+    Machine code runs on its own compute capability and on later minor ones; where its name ends in a letter, on its own alone
+    ("a") or its family ("f", later minors). PTX runs on all later ones, compiled by a driver no older than its compiler.
     """
     if driver // 1000 < runtime // 1000:
         version = f"CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "no CUDA at all"
@@ -129,7 +148,8 @@ def _no_code_for(capability: tuple[int, int], targets: str, runtime: int, driver
         return None
     why = f"on compute capability {capability[0]}.{capability[1]}, compiled for {targets}: "
     if by_ptx:
-        return f"{why}its PTX needs a driver for CUDA {runtime // 1000}.{runtime % 1000 // 10}, and this one is for {driver // 1000}.{driver % 1000 // 10}"
+        wanted, here = (f"{version // 1000}.{version % 1000 // 10}" for version in (runtime, driver))
+        return f"{why}its PTX needs a driver for CUDA {wanted}, and this one is for {here}"
     return f"{why}no kernel image for it"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import importlib.metadata
 import json
 import os
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from . import backends
 from .version import __version__
 
 __all__ = ["cpu_model", "package_version", "provenance"]
@@ -62,15 +62,6 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _native_isa() -> str | None:
-    """The instruction set that the native CPU kernels chose here; None where the build can't tell."""
-    try:
-        isa: str = importlib.import_module("fpet_kernels._introspect").build_facts()["cpu_isa_in_use"]
-    except (ImportError, KeyError):
-        return None
-    return isa
-
-
 def provenance(device: torch.device, command: str) -> dict[str, Any]:
     """Which code, machine and versions the numbers of this run belong to. The same fields from a checkout and an installation.
 
@@ -88,7 +79,7 @@ def provenance(device: torch.device, command: str) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
-        "isa": _native_isa(),
+        "isa": backends.cpu_facts().get("cpu_isa_in_use"),  # None: no native kernels
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name(device) if gpu else None,
         "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,

@@ -7,14 +7,13 @@ import os
 import platform
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from fpet_kernels import __main__ as doctor
-from fpet_kernels import __version__, backends
+from fpet_kernels import __version__, backends, native
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -103,7 +102,7 @@ def test_a_backend_that_raises_is_reported_not_raised(
     ids=["none", "failed", "built", "no CUDA"],
 )
 def test_the_build_record_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, record: dict | None, says: str) -> None:
-    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "__main__.py"))
+    monkeypatch.setattr(native, "library_path", lambda name: tmp_path / name)
     if record is not None:
         (tmp_path / "_build_info.json").write_text(json.dumps(record))
     facts = doctor.report()
@@ -111,18 +110,24 @@ def test_the_build_record_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert says in doctor.render(facts)
 
 
-def test_introspection_is_shown_and_may_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_library_says_of_itself_is_shown_and_may_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {
         "compiler": "GCC 99", "flags": ["-O3", "-fvery-fast"], "cxx_standard": 202002, "cpu_isas_compiled": ["avx9", "old"],
         "cpu_isa_in_use": "avx9",
     }  # fmt: skip
-    monkeypatch.setitem(sys.modules, "fpet_kernels._introspect", types.SimpleNamespace(build_facts=lambda: facts))
+    monkeypatch.setattr(backends, "cpu_facts", lambda: facts)
     text = doctor.render(doctor.report())
     assert "GCC 99, C++ 202002, -O3 -fvery-fast" in text
     assert "avx9 in use; compiled: avx9, old" in text
+    monkeypatch.setattr(backends, "cpu_facts", dict)
+    assert "in use; compiled" not in doctor.render(doctor.report())
 
-    monkeypatch.setitem(sys.modules, "fpet_kernels._introspect", None)  # makes the import fail
-    assert "introspect  no: " in doctor.render(doctor.report())
+
+@pytest.mark.skipif(not backends.status("cpu").available, reason="no native library here")
+def test_the_library_knows_its_build() -> None:
+    facts = backends.cpu_facts()
+    assert facts["cpu_isa_in_use"] in facts["cpu_isas_compiled"] and "baseline" in facts["cpu_isas_compiled"]
+    assert facts["compiler"] and "-std=c++20" in facts["flags"] and facts["cxx_standard"] >= 202002
 
 
 def test_the_cuda_kernels_are_listed_by_device() -> None:

@@ -19,6 +19,13 @@
 #include "arguments.h"
 #include "fpet/bdm.h"
 
+// The namespace of the operators. A build for the Hub has one of its own, so that two versions can live in one process.
+#ifndef FPET_NAMESPACE
+#define FPET_NAMESPACE fpet
+#endif
+#define FPET_TEXT_OF(name) #name
+#define FPET_TEXT(name) FPET_TEXT_OF(name)
+
 namespace fpet::binding {
 
 using torch::headeronly::ScalarType;

@@ -14,6 +14,7 @@
 
 #include "common.h"
 #include "fpet/bdm_cuda.h"
+#include "json.h"
 
 #ifndef FPET_CUDA_ARCHITECTURES
 #define FPET_CUDA_ARCHITECTURES ""
@@ -123,15 +124,6 @@ class CudaKernels {
   cudaStream_t stream_ = nullptr;
 };
 
-std::string quoted(const char* text) {
-  std::string result = "\"";
-  for (; *text; ++text) {
-    if (*text == '"' || *text == '\\') result += '\\';
-    result += *text;
-  }
-  return result + '"';
-}
-
 std::string kernel_facts() {
   std::string list;
   for (int i = 0;; ++i) {
@@ -187,7 +179,7 @@ extern "C" __attribute__((visibility("default"))) const char* fpet_cuda_kernels(
 }
 
 #ifndef FPET_EMULATE_CUDA
-STABLE_TORCH_LIBRARY_IMPL(fpet, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(FPET_NAMESPACE, CUDA, m) {
   Operators<CudaKernels>::add_to(m);
   Operators<CudaKernels>::add_recorded_to(m);
 }

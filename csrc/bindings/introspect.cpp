@@ -1,28 +1,14 @@
-// fpet_kernels._introspect: facts about this build and what it uses here, for the doctor. No torch header.
+// What this build is and what it uses here, for the doctor: a plain C function, so that the library is tied to no Python.
 // From CMake: FPET_COMPILER, FPET_FLAGS. The CUDA library speaks for itself (cuda_ops.cpp).
-#include <pybind11/pybind11.h>
-
 #include "fpet/bdm.h"
+#include "json.h"
 
-namespace py = pybind11;
-
-namespace {
-
-py::object words(const char* text) { return py::str(text).attr("split")(); }
-
-py::dict build_facts() {
-  py::dict facts;
-  facts["compiler"] = FPET_COMPILER;
-  facts["flags"] = words(FPET_FLAGS);
-  facts["cxx_standard"] = __cplusplus;
-  facts["cpu_isas_compiled"] = words(fpet::cpu_isas_compiled());
-  facts["cpu_isa_in_use"] = fpet::cpu_isa();
-  return facts;
-}
-
-}  // namespace
-
-PYBIND11_MODULE(_introspect, m) {
-  m.doc() = "Facts about the native build.";
-  m.def("build_facts", &build_facts, "compiler, flags, cxx_standard, cpu_isas_compiled (best first), cpu_isa_in_use.");
+// JSON that stays valid.
+extern "C" __attribute__((visibility("default"))) const char* fpet_cpu_build() {
+  using fpet::binding::quoted;
+  static const std::string result =
+      "{\"compiler\": " + quoted(FPET_COMPILER) + ", \"flags\": " + quoted(FPET_FLAGS) +
+      ", \"cxx_standard\": " + std::to_string(__cplusplus) + ", \"cpu_isas_compiled\": " + quoted(fpet::cpu_isas_compiled()) +
+      ", \"cpu_isa_in_use\": " + quoted(fpet::cpu_isa()) + "}";
+  return result.c_str();
 }

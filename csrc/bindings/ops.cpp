@@ -95,7 +95,7 @@ namespace {
 // As STABLE_TORCH_LIBRARY_FRAGMENT(fpet, m), which ends the process where a schema is there already.
 const struct Schemas {
   Schemas() {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_library_init_fragment("fpet", __FILE__, __LINE__, &library));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_library_init_fragment(FPET_TEXT(FPET_NAMESPACE), __FILE__, __LINE__, &library));
     define(library);
   }
   ~Schemas() { aoti_torch_delete_library_object(library); }
@@ -104,7 +104,7 @@ const struct Schemas {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fpet, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FPET_NAMESPACE, CPU, m) {
   Operators<CpuKernels>::add_to(m);
   Operators<CpuKernels>::add_recorded_to(m);
 }
