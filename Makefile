@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup test test-all ctest ctest-sanitize ctest-arm pytest pytest-emulated lint bench test-abi clean distclean
+.PHONY: help setup test test-all ctest ctest-sanitize ctest-arm pytest pytest-emulated lint bench wheels hub test-abi clean distclean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -38,7 +38,9 @@ help:
 	@echo "make test         C++ tests (plain, with sanitizers), then pytest, on two cores"
 	@echo "make test-all     the same with the wide sweeps that make test leaves out: more sizes, dtypes and models of the same kinds"
 	@echo "make lint         the pre-commit hooks on all files"
-	@echo "make test-abi     the wheel built here, tested under torch $(TORCH_ABI) (TORCH_ABI=…)"
+	@echo "make wheels       sdist and wheel into dist/, and how large they are; FPET_CUDA=1: one with CUDA kernels too"
+	@echo "make hub          the layout for Hugging Face's kernels into build/hub, loaded by that package"
+	@echo "make test-abi     that wheel tested under torch $(TORCH_ABI) (TORCH_ABI=…), in a new environment of python3 (PYTHON=…)"
 	@echo "make ctest-arm    C++ tests cross-compiled for 64-bit Arm, run by qemu (g++-aarch64-linux-gnu, qemu-user)"
 	@echo "make gpu-check    gpu-doctor, -test, -ctest, -sanitize, -bench on the GPU of this machine; rows and logs into OUT"
 	@echo "make gpu-tune     Triton configurations for the GPU of this machine"
@@ -53,7 +55,7 @@ $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) must be 3.10 or later: make PYTHON=…"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "make: venv is missing: apt install python3-venv"; exit 1; }
 	@echo "make: torch, timm and build tools go into $(VENV); this waits for the download of up to 3 GB"
-	$(VENV)/bin/python -m pip install --quiet --no-compile torch torchvision timm 'setuptools>=77' 'cmake>=3.20' ninja 'pybind11>=2.12'
+	$(VENV)/bin/python -m pip install --quiet --no-compile torch torchvision timm 'setuptools>=77' 'cmake>=3.20' ninja
 	@touch $@
 
 $(VENV)/.library: $(VENV)/.torch pyproject.toml $(NATIVE) $(wildcard python/fpet/__init__.py)
@@ -137,15 +139,33 @@ bench: $(LIBRARY) $(if $(GPU_HERE)$(filter 1,$(FPET_CUDA)),$(CUDA))
 include benchmarks/gpu.mk
 gpu-doctor gpu-test gpu-ctest gpu-bench gpu-tune: $(CUDA)
 
-# The wheel is built against the torch of .venv; tests are copied away, so that the source tree can't be imported.
-test-abi: $(READY)
-	rm -rf build/wheel build/abi-tests
-	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
-	$(PY) -m venv build/abi-$(TORCH_ABI)
-	build/abi-$(TORCH_ABI)/bin/pip install --quiet torch==$(TORCH_ABI) numpy pytest hypothesis
-	build/abi-$(TORCH_ABI)/bin/pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
-	cp -r tests build/abi-tests && rm -f build/abi-tests/test_packaging.py
-	cd build/abi-tests && FPET_REQUIRE_BACKENDS=cpu ../abi-$(TORCH_ABI)/bin/python -m pytest -q -c /dev/null --rootdir . test_*.py
+# --- what is given away (docs/release.md) ---------------------------------------------------------------------------------------
+
+# sdist and wheel into dist/; FPET_CUDA=1: a second wheel, with CUDA kernels. auditwheel names a wheel after the oldest glibc it runs with.
+wheels: $(READY)
+	rm -rf build/lib build/bdist.* build/wheels dist && mkdir -p dist
+	$(PY) -c 'import build_backend; build_backend.build_sdist("dist")' > /dev/null
+	FPET_CUDA=0 $(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheels .
+	@if [[ "$(FPET_CUDA)" == 1 ]]; then set -x; rm -rf build/lib; FPET_CUDA=1 $(PY) -m pip wheel --quiet --no-build-isolation --no-deps \
+	  --config-settings=--build-option=--build-number=1cuda --wheel-dir build/wheels .; fi
+	PATH=$(dir $(PY)):$$PATH $(PY) -m auditwheel repair --strip --exclude libtorch_cpu.so --wheel-dir dist build/wheels/*.whl
+	@$(PY) -c 'import pathlib; [print(f"{p.stat().st_size / 1e6:7.2f} MB  {p.name}") for p in sorted(pathlib.Path("dist").iterdir())]'
+
+# The layout for the Hub into build/hub, loaded by the package kernels; which is kept apart, because transformers acts on its presence.
+hub: $(READY)
+	$(PY) -m pip install --quiet --upgrade --target build/kernels kernels
+	$(PY) tools/hub.py
+	PYTHONPATH=$(CURDIR):$(CURDIR)/python:$(CURDIR)/build/kernels $(PY) -m pytest -q tests/test_hub.py
+
+# A wheel of make wheels in an environment with another torch or Python; tests are copied away, so that the source tree can't be imported.
+ABI := build/abi-$(TORCH_ABI)-$(notdir $(PYTHON))
+test-abi: $(if $(wildcard dist/*none-manylinux*.whl),,wheels)
+	rm -rf build/abi-tests
+	$(PYTHON) -m venv $(ABI)
+	$(ABI)/bin/pip install --quiet torch==$(TORCH_ABI) numpy pytest hypothesis
+	$(ABI)/bin/pip install --quiet --force-reinstall --no-deps $$(ls dist/*none-manylinux*.whl | grep -v cuda)
+	cp -r tests build/abi-tests && rm -rf build/abi-tests/test_packaging.py build/abi-tests/fpet
+	cd build/abi-tests && FPET_REQUIRE_BACKENDS=cpu ../../$(ABI)/bin/python -m pytest -q -c /dev/null --import-mode=prepend --rootdir . test_*.py
 
 clean:
 	rm -rf build dist *.egg-info fpet_kernels/*.so fpet_kernels/_build_info.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
