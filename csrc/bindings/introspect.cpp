@@ -6,9 +6,9 @@
 // JSON that stays valid.
 extern "C" __attribute__((visibility("default"))) const char* fpet_cpu_build() {
   using fpet::binding::quoted;
-  static const std::string result =
-      "{\"compiler\": " + quoted(FPET_COMPILER) + ", \"flags\": " + quoted(FPET_FLAGS) +
-      ", \"cxx_standard\": " + std::to_string(__cplusplus) + ", \"cpu_isas_compiled\": " + quoted(fpet::cpu_isas_compiled()) +
-      ", \"cpu_isa_in_use\": " + quoted(fpet::cpu_isa()) + "}";
+  static const std::string result = "{\"compiler\": " + quoted(FPET_COMPILER) + ", \"flags\": " + quoted(FPET_FLAGS) +
+                                    ", \"cxx_standard\": " + std::to_string(__cplusplus) +
+                                    ", \"cpu_isas_compiled\": " + quoted(fpet::cpu_isas_compiled()) +
+                                    ", \"cpu_isa_in_use\": " + quoted(fpet::cpu_isa()) + "}";
   return result.c_str();
 }
