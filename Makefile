@@ -42,8 +42,7 @@ help:
 	@echo "make hub          the layout for Hugging Face's kernels into build/hub, loaded by that package"
 	@echo "make test-abi     that wheel tested under torch $(TORCH_ABI) (TORCH_ABI=…), in a new environment of python3 (PYTHON=…)"
 	@echo "make ctest-arm    C++ tests cross-compiled for 64-bit Arm, run by qemu (g++-aarch64-linux-gnu, qemu-user)"
-	@echo "make gpu-check    gpu-doctor, -test, -ctest, -sanitize, -bench on the GPU of this machine; rows and logs into OUT"
-	@echo "make gpu-tune     Triton configurations for the GPU of this machine"
+	@echo "make gpu-prepare  for a GPU elsewhere: libraries and C++ tests into build/gpu; then there gpu-correct, -tables, -model, -tune"
 	@echo "make setup        only .venv and the native library; make clean, make distclean (.venv too)"
 	@echo "FPET_CUDA=1       before bench or setup: CUDA kernels too, where no GPU is"
 
@@ -137,7 +136,6 @@ bench: $(LIBRARY) $(if $(GPU_HERE)$(filter 1,$(FPET_CUDA)),$(CUDA))
 	$(PY) benchmarks/kernel_vs_ref.py $(BENCH_ARGS)
 
 include benchmarks/gpu.mk
-gpu-doctor gpu-test gpu-ctest gpu-bench gpu-tune: $(CUDA)
 
 # --- what is given away (docs/release.md) ---------------------------------------------------------------------------------------
 

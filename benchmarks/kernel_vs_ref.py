@@ -50,6 +50,8 @@ from kernel.report import grouped, label, plot, table
 BATCHES = (1, 16, 64, 256)
 DEFAULT_CASES, DEFAULT_BATCHES = ("vitb16_224",), (1, 64)
 DEFAULT_BUDGET, QUICK_BUDGET = 48.0, 6.0
+FORMULATIONS = (PAPER, PAPER_COMPILED, BEST)
+TIMINGS = ("graph", "plain")  # replays of a CUDA graph; calls as they are
 TICKS = 10  # of the progress bar, while one setting is timed
 
 
@@ -61,11 +63,13 @@ class Bench(run.Bench):
     def __init__(self, options: argparse.Namespace, names: list[str]) -> None:
         super().__init__(options)
         self.names = names
-        self.kinds = ("graph", "plain") if self.device.type == "cuda" else ("plain",)
+        self.kinds = options.timing
+        indexed = [f"indexed_{variant}" for variant in formulations.BEST_VARIANTS]
+        self.baselines = [name for b in options.baselines for name in (indexed if b == BEST else [b])]
         self._features: tuple[str, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def steps(self, setting: Setting) -> int:
-        implementations = len(self.names) + 2 + len(formulations.BEST_VARIANTS)
+        implementations = len(self.names) + len(self.baselines)
         return 1 + 2 * implementations + TICKS * len(self.kinds)
 
     def features(self, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,7 +106,7 @@ class Bench(run.Bench):
         """Every implementation that fits and is right, warm."""
         examiner = gate.Examiner(problem, setting.backward)
         ready = []
-        names = [*self.names, PAPER, PAPER_COMPILED, *(f"indexed_{v}" for v in formulations.BEST_VARIANTS)]
+        names = [*self.names, *self.baselines]
         if setting.mode == BACKWARD:
             names = [n for n in self.names if n != REFERENCE]
         for name in names:
@@ -251,6 +255,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", help=f"comma-separated; default {listed(DEFAULT_BATCHES)}, the full set is {listed(BATCHES)}")
     add("--mode", help=f"comma-separated from {', '.join((*MODES, BACKWARD))}; default the first two on the CPU, all on a GPU")
     add("--backends", help="comma-separated; default: every fused one that runs on the device, and the reference")
+    add("--baselines", default=listed(FORMULATIONS),
+        help=f"of PyTorch, comma-separated from {listed(FORMULATIONS)} (default: all), or none")  # fmt: skip
+    add("--timing", help=f"comma-separated from {listed(TIMINGS)}; default both on a GPU, plain on the CPU")
     add("--key", choices=("heads", "averaged"), default="heads",
         help="heads (default): (B, heads, N, C) in place in the qkv buffer; averaged: (B, N, C)")  # fmt: skip
     add("--no-refinement", dest="refinement", action="store_false", help="plain keys; the backward then only yields dx")
@@ -265,6 +272,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.cases = parser.chosen(options.cases, CASES, "cases", public=[n for n in CASES if n != "tiny"])
     default = MODES if options.device.type == "cpu" else (*MODES, BACKWARD)
     options.mode = parser.chosen(options.mode or listed(default), (*MODES, BACKWARD), "mode")
+    options.baselines = [] if options.baselines == "none" else parser.chosen(options.baselines, FORMULATIONS, "baselines")
+    kinds = TIMINGS if options.device.type == "cuda" else ("plain",)
+    options.timing = parser.chosen(options.timing or listed(kinds), kinds, "timing")
     options.batch_given = options.batch is not None
     options.batch = parser.counts(options.batch or ("16" if options.quick else listed(DEFAULT_BATCHES)), "batch")
     if options.budget is None:

@@ -54,7 +54,7 @@ class Preference(NamedTuple):
         return x.dtype in self.dtypes and x.shape[1] in self.tokens
 
 
-# The first that covers a call and whose backend can run it wins. Rows come from the tables of `make gpu-check`, by hand: where
+# The first that covers a call and whose backend can run it wins. Rows come from the tables of `make gpu-tables`, by hand: where
 # they show Triton faster for a dtype and a range of lengths. Empty: nothing has been measured on a GPU yet.
 PREFERRED: tuple[Preference, ...] = ()
 

@@ -2,7 +2,7 @@
 
 Tests ask for ``backend, device`` (every backend that runs here, on every device it runs on), ``fused, device`` (the same
 without the reference) or ``cuda, device`` (that one alone). ``FPET_REQUIRE_BACKENDS="cpu,triton"`` makes a missing backend an
-error instead of fewer tests.
+error instead of fewer tests. ``FPET_ONLY_ON=cuda`` leaves out what does not run on such a device.
 ``FPET_TEST_ALL=1`` (``make test-all``) also runs what is marked ``sweep``: more cases of kinds that others cover.
 ``FPET_EMULATED_CUDA`` names a library of CUDA kernels compiled for the host (csrc/tests/cuda_emulator.h): backend "cuda" then runs on
 CPU tensors too, slowly, as Triton's does under ``TRITON_INTERPRET=1``.
@@ -82,11 +82,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if os.environ.get("FPET_TEST_ALL", "") not in ("", "0"):
-        return
-    left = [item for item in items if item.get_closest_marker("sweep")]
-    if left:
-        items[:] = [item for item in items if not item.get_closest_marker("sweep")]
+    """Leaves out sweeps, and under FPET_ONLY_ON all that runs neither on such a device by its parameter nor by the mark ``gpu``."""
+    only, sweeps = os.environ.get("FPET_ONLY_ON"), os.environ.get("FPET_TEST_ALL", "") not in ("", "0")
+
+    def wanted(item: pytest.Item) -> bool:
+        if item.get_closest_marker("sweep") and not sweeps:
+            return False
+        device = getattr(getattr(item, "callspec", None), "params", {}).get("device")
+        return not only or device == only or item.get_closest_marker("gpu") is not None
+
+    if left := [item for item in items if not wanted(item)]:
+        items[:] = [item for item in items if wanted(item)]
         config.hook.pytest_deselected(items=left)
 
 

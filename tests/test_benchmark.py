@@ -425,7 +425,9 @@ def test_missing_package_names_the_fix():
 def test_a_case_that_does_not_fit_is_left_out(monkeypatch):
     setting = kernel_vs_ref.Setting(cases.CASES["vitl16_1024"], 256, "float32", "forward")
     monkeypatch.setattr(timing, "available_bytes", lambda _device: 1 << 30)
-    bench = kernel_vs_ref.Bench(SimpleNamespace(device=CPU, batch=[256]), ["reference"])
+    bench = kernel_vs_ref.Bench(
+        SimpleNamespace(device=CPU, batch=[256], minutes=None, timing=["plain"], baselines=[]), ["reference"]
+    )
     bench.bar = SimpleNamespace(set_description=print)
     assert bench.run(setting) == []
     assert "does not fit" in bench.left_out[0]

@@ -18,10 +18,15 @@ from fpet_kernels import alternating, backends, bdm_merge, reference
 from support import DTYPES, backward_op_args, check, full_problem, op_args, random_problem, run
 
 ROOT = Path(__file__).resolve().parents[1]
-on_a_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or backends.refuses("cuda", torch.empty(1, 1, 1, device="cuda")) is not None,
-    reason="no GPU that the CUDA library runs on",
-)
+
+
+def on_a_gpu(test):
+    """Runs where a GPU is; FPET_ONLY_ON keeps it."""
+    missing = not torch.cuda.is_available() or backends.refuses("cuda", torch.empty(1, 1, 1, device="cuda")) is not None
+    return pytest.mark.gpu(pytest.mark.skipif(missing, reason="no GPU that the CUDA library runs on")(test))
+
+
+on_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU at most")
 
 
 def operators(device: str):
@@ -303,7 +308,8 @@ def test_a_tensor_elsewhere_is_an_error():
             torch.ops.fpet.bdm_forward(*args)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU at most")
+@pytest.mark.gpu
+@on_two_gpus
 def test_the_device_of_the_tensors_is_used_not_the_current_one():
     problem = full_problem(device="cuda:1")
     assert torch.cuda.current_device() == 0
@@ -311,7 +317,8 @@ def test_the_device_of_the_tensors_is_used_not_the_current_one():
     assert torch.cuda.current_device() == 0
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU at most")
+@pytest.mark.gpu
+@on_two_gpus
 def test_no_context_on_the_gpu_that_is_not_used():
     script = """
 import torch

@@ -171,7 +171,7 @@ def test_ratios_are_paired_by_round():
 
 
 def test_processor_time_is_that_of_the_same_rounds():
-    runner = bench.Bench(SimpleNamespace(device=CPU, batch=[1]))
+    runner = bench.Bench(SimpleNamespace(device=CPU, batch=[1], minutes=None))
     runner._processor = {"a": [100.0, 100.0, 1.0, 3.0, 5.0, 7.0]}
     found = runner.processor("a", timing.Samples(2, [0.1, 0.2]))
     assert found.calls == 2 and found.seconds == [2.0, 6.0]
@@ -325,7 +325,7 @@ def test_what_does_not_fit_is_left_out(tmp_path, monkeypatch, capsys):
 
 
 def test_large_batches_repeat_their_images():
-    runner = bench.Bench(SimpleNamespace(device=CPU, batch=[20]))
+    runner = bench.Bench(SimpleNamespace(device=CPU, batch=[20], minutes=None))
     images = runner.images(32, 20)
     assert images.shape == (20, 3, 32, 32) and torch.equal(images[0], images[16]) and not torch.equal(images[0], images[1])
 

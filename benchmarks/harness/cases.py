@@ -80,17 +80,25 @@ def require(module: str, package: str | None = None) -> ModuleType:
         raise SystemExit(f"the benchmark needs {package or module}: pip install {package or module}  ({error})") from error
 
 
-def photograph() -> Tensor:
-    """(3, 427, 640) float32 in [0, 1]: china.jpg, which ships inside scikit-learn (found without importing it)."""
-    image = require("PIL.Image", "pillow")
-    numpy = require("numpy")
+def photograph_file() -> Path:
+    """china.jpg: inside scikit-learn (found without importing it), or carried along in build/gpu (gpu_plan.py)."""
+    carried = Path(__file__).parents[2] / "build" / "gpu" / "china.jpg"
     found = importlib.util.find_spec("sklearn")
     if found is None or not found.submodule_search_locations:
+        if carried.exists():
+            return carried
         raise SystemExit("the benchmark takes its photograph from scikit-learn: pip install scikit-learn")
     path = Path(found.submodule_search_locations[0]) / "datasets" / "images" / "china.jpg"
     if not path.exists():
         raise SystemExit(f"this scikit-learn carries no {path.name}: pip install --force-reinstall scikit-learn")
-    with image.open(path) as opened:
+    return path
+
+
+def photograph() -> Tensor:
+    """(3, 427, 640) float32 in [0, 1]."""
+    image = require("PIL.Image", "pillow")
+    numpy = require("numpy")
+    with image.open(photograph_file()) as opened:
         return torch.from_numpy(numpy.asarray(opened.convert("RGB")).copy()).permute(2, 0, 1).float() / 255
 
 

@@ -17,7 +17,9 @@ def listed(values: Iterable[object]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Has the options ``--device``, ``--dtype``, ``--threads``, ``--out`` and ``--show``, and checks lists of names or counts.
+    """Has the options ``--device``, ``--dtype``, ``--threads``, ``--minutes``, ``--out`` and ``--show``.
+
+    Checks lists of names and of counts.
 
     Args:
         benchmark: what the file of rows is named after. description: the driver's docstring. dtypes: which ones it can measure.
@@ -30,6 +32,7 @@ class Parser(argparse.ArgumentParser):
         add("--device", default="cpu", help="cpu (default), cuda, cuda:1, …")
         add("--dtype", help=f"comma-separated from {', '.join(dtypes)}; default float32 on the CPU, bfloat16 elsewhere")
         add("--threads", type=int, help="CPU threads; default torch's")
+        add("--minutes", type=float, help="after so many no other setting is begun; default: all are")
         out = f"benchmarks/results/{benchmark}-DEVICE.jsonl"
         add("--out", help=f"JSON lines are appended here; none: nowhere; default {out}")
         add("--show", metavar="FILE", help="measure nothing: tables of the rows in FILE")
@@ -49,6 +52,8 @@ class Parser(argparse.ArgumentParser):
         options.dtype = self.chosen(options.dtype or default, self.dtypes, "dtype")
         if options.threads is not None and options.threads < 1:
             self.error(f"--threads: expected a positive integer, got {options.threads}")
+        if options.minutes is not None and not options.minutes > 0:
+            self.error(f"--minutes: expected a positive number, got {options.minutes}")
         return options
 
     def chosen(self, text: str, known: Iterable[str], what: str, public: Iterable[str] | None = None) -> list[str]:

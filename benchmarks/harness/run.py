@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,8 +59,10 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, options.device
         self.bar: Any = None
+        self.written: Path | None = None
         self.failures: list[str] = []
         self.left_out: list[str] = []
+        self.until = time.monotonic() + 60 * (options.minutes or math.inf)
 
     def steps(self, setting: Any) -> int:
         """How many steps of the progress bar :meth:`run` makes."""
@@ -78,31 +83,34 @@ class Bench:
             torch.cuda.empty_cache()
 
     def measure(self, settings: Sequence[Any], context: Row, grouped: Grouped, table: Table) -> list[Row]:
-        """Runs all settings and prints their tables; the rows hold ``context``."""
+        """Runs all settings, prints their tables and appends their rows, which hold ``context``, to the file as they come."""
         # torch.compile's remarks on wording and tuning are not about this measurement.
         warnings.filterwarnings("ignore", module=r"torch\.(_inductor|_dynamo|_functorch|utils|sparse)")
         steps = [self.steps(setting) for setting in settings]
         rows: list[Row] = []
         with require("tqdm").tqdm(total=sum(steps), file=sys.stderr, leave=False, bar_format=self.bar_format) as self.bar:
             for done, setting in enumerate(settings, 1):
+                if time.monotonic() > self.until:
+                    self.left_out.append(f"{setting}: not reached in {self.options.minutes:g} minutes")
+                    continue
                 found = [{**row, **context} for row in self.run(setting)]
                 for group in grouped(found):
                     self.say(table(group) + "\n")
                 rows += found
+                self.written = files.write(found, self.benchmark, self.options.out, self.device) or self.written
                 self.bar.update(sum(steps[:done]) - self.bar.n)
         return rows
 
     def finish(self, rows: Sequence[Row], context: Row, seconds: float) -> None:
-        """Writes the rows, and says what run this was and what it left out."""
-        written = files.write(rows, self.benchmark, self.options.out, self.device)
+        """Says what run this was, where its rows are, and what it left out."""
         machine = f"{context['gpu']}, driver {context['driver']}"
         if self.device.type == "cpu":
             machine = f"{context['cpu']}, {context['threads']} threads, load {context['load_average']} at the start"
         print(f"{machine} · torch {context['torch']} · timm {context['timm']} · {seconds:.0f} s")
         for line in self.left_out:
             print(f"left out: {line}")
-        if written:
-            print(f"{len(rows)} rows appended to {written}")
+        if self.written:
+            print(f"{len(rows)} rows appended to {self.written}")
 
     def status(self) -> int:
         """The exit status, after naming what was wrong."""
