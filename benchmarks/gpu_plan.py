@@ -1,4 +1,4 @@
-"""What to do with a GPU that is there for minutes: ``make gpu-prepare``, then there gpu-correct, gpu-tables, gpu-model, gpu-tune.
+"""What to do with a GPU that is there for minutes: ``make gpu-prepare``, then gpu-correct, gpu-tables, gpu-model, gpu-tune.
 
 prepare  where nvcc is, without a GPU: the operators' libraries and the C++ tests for one architecture, with the commit and the
          photograph, into build/gpu. Carry that folder along: the others install from it; where it is missing they build it.
@@ -170,9 +170,19 @@ def revision() -> dict[str, object]:
     return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
 
 
+def record(torch: Path, nvcc: str, architecture: str) -> dict[str, object]:
+    """What the doctor and the rows say of a build, as setup.py would record it."""
+    from build_backend import find_compiler, torch_version
+
+    version = subprocess.run([*(find_compiler() or ["c++"]), "--version"], capture_output=True, text=True, check=True).stdout
+    cuda = {"built": True, "nvcc": nvcc, "architectures": architecture}
+    built = {"native": True, "compiler": version.partition("\n")[0], "torch": torch_version(torch), "introspection": False}
+    return {**built, **revision(), "cuda": cuda}
+
+
 def prepare(architecture: str) -> None:
     """Fills build/gpu; raises SystemExit where something is missing, CalledProcessError where it doesn't compile."""
-    from build_backend import find_nvcc, find_torch, torch_version
+    from build_backend import find_nvcc, find_torch
 
     torch, nvcc = find_torch(), find_nvcc()
     if torch is None or nvcc is None:
@@ -195,10 +205,7 @@ def prepare(architecture: str) -> None:
         from harness.cases import photograph_file
 
         shutil.copy2(photograph_file(), PREPARED / PHOTOGRAPH)
-    info = {
-        "native": True, "torch": torch_version(torch), "introspection": False, **revision(),
-        "cuda": {"built": True, "nvcc": nvcc, "architectures": architecture},
-    }  # fmt: skip
+    info = record(torch, nvcc, architecture)
     (PREPARED / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
     size = sum(file.stat().st_size for file in PREPARED.iterdir())
     made_with = f"{architecture}, headers of torch {info['torch']}, commit {info.get('commit')}"
@@ -257,7 +264,8 @@ def correct(here: Here, plan: Plan) -> list[str]:
     if not here.rehearse:
         environment["FPET_ONLY_ON"] = device
     pytest = [here.python, "-m", "pytest", "-q", "-rfE", *parallel(here), *(["-k", chosen] if chosen else []), *files]
-    operators = Step(f"operators on {device}: pytest of {', '.join(OPERATOR_TESTS)}", [pytest], 60 * here.minutes, environment)
+    what = f"operators on {device}: pytest of {', '.join(OPERATOR_TESTS)}"
+    operators = Step(what, [pytest], 60 * here.minutes, environment)
     sanitizer = shutil.which("compute-sanitizer") or next(map(str, Path("/usr/local/cuda/bin").glob("compute-sanitizer")), None)
     tools = []
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):

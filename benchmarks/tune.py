@@ -77,11 +77,14 @@ class Slot:
 
     @property
     def bytes_moved(self) -> int:
-        """Each input read and each result written, once."""
+        """Each input read and each result written, once: of the backward, what the gradients of x and of the weights need."""
         c = self.case
-        n, merged = c.prefix + c.grid[0] * c.grid[1], c.prefix + c.grid[0] * c.grid[1] // 2
+        patches = c.grid[0] * c.grid[1]
+        n, merged = c.prefix + patches, c.prefix + patches // 2
         x, key, y = n * c.dim * c.x.itemsize, n * c.heads * c.channels * c.key.itemsize, merged * c.dim * c.x.itemsize
-        forward, backward = x + key + y, 2 * y + x + key + x + n * c.channels * c.key.itemsize
+        matched, sizes = 20 * (patches - patches // 2), 4 * merged  # match and runner-up in int64, their mean score
+        rows = patches * c.dim * c.x.itemsize if c.hidden else 0  # the sources' of x, the destinations' of the tokens
+        forward, backward = x + key + y + matched + sizes, y + x + rows + (key if c.hidden else 0) + matched + sizes
         return c.batch * (self.forward * forward + self.backward * backward)
 
     @property

@@ -77,8 +77,21 @@ def test_bytes_of_an_averaged_key():
     x, y = torch.empty(1, n, d, dtype=torch.bfloat16), torch.empty(1, merged, d, dtype=torch.bfloat16)
     weights = torch.empty(32, c), torch.empty(c, 32)
     problem = cases.Problem(case, x, torch.empty(1, n, c, dtype=torch.bfloat16), *weights, y, torch.empty(1, merged, 1), 1)
-    assert problem.bytes_moved(False) / 1e6 == pytest.approx(0.48, abs=0.005)
-    assert (problem.bytes_moved(True) - problem.bytes_moved(False)) / 1e6 == pytest.approx(0.96, abs=0.005)
+    assert problem.bytes_moved(True, False) / 1e6 == pytest.approx(0.48, abs=0.005)
+    rows, integers = d * 2, 4 * merged + 8 * 98
+    alone = rows * (merged + n) + integers  # the tokens' gradient and dx, sizes and match
+    with_weights = (
+        alone + rows * (98 + 98) + 12 * 98 + n * c * 2
+    )  # the sources' x, the destinations' tokens, the rest of the match, key
+    assert problem.bytes_moved(False, True) == with_weights
+    assert problem.bytes_moved(True, True) == problem.bytes_moved(True, False) + with_weights
+    plain = cases.Problem(case, x, problem.key, None, None, y, torch.empty(1, merged, 1), 1)
+    assert plain.bytes_moved(False, True) == alone
+    heads = cases.Problem(case, x, torch.empty(1, 12, n, c, dtype=torch.bfloat16), *weights, y, torch.empty(1, merged, 1), 1)
+    handed = heads.bytes_moved(True, True) - heads.bytes_moved(True, False)
+    assert heads.bytes_moved(False, True) - handed == n * c * (12 * 2 - 4), (
+        "the backward's own forward hands it the mean in float32"
+    )
 
 
 # --- baselines -----------------------------------------------------------------------------------------------------------

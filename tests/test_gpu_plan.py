@@ -146,6 +146,17 @@ def test_install_takes_what_was_prepared(tmp_path, monkeypatch):
     assert built == ["90a-real"], "the fall-back: it is built where it was not carried along"
 
 
+def test_the_doctor_reads_what_is_recorded_of_the_build():
+    import torch
+
+    from fpet_kernels.__main__ import _build_lines
+
+    recorded = gpu_plan.record(Path(torch.__file__).parent, "/usr/local/cuda/bin/nvcc", "90a-real")
+    lines = "\n".join(_build_lines({"recorded": recorded, "no_introspection": "not carried"}))
+    assert f"against torch {torch.__version__}" in lines
+    assert recorded["cuda"]["architectures"] == "90a-real"  # type: ignore[index]
+
+
 def test_make_runs_the_plan():
     for target in gpu_plan.TARGETS:
         done = subprocess.run(

@@ -188,19 +188,32 @@ class Problem:
         for leaf in self.leaves:
             leaf.requires_grad_(wanted)
 
-    def bytes_moved(self, backward: bool) -> int:
-        """Bytes that must be read or written, each once: key, x, out; for the backward also G, x, y, key in and dx, dk' out.
+    def bytes_moved(self, forward: bool, backward: bool) -> int:
+        """Bytes that must be read or written, each once, for what is timed: the gradients of x and of the refinement's weights.
 
-        With no refinement there is no gradient at the key: the backward reads G and writes dx.
+        The forward reads key and x and writes tokens, sizes, match, runner-up and the mean of the two best scores. The backward reads
+        the gradient of the tokens, the sizes and the match, and writes dx; where there are weights it also reads the sources' rows
+        of x, the destinations' rows of the tokens, what else the forward kept of the match, and the key: as it is given, or, behind
+        a forward of its own, the mean over heads in float32, if that is less.
         """
-        item, averaged = self.x.element_size(), self.x.shape[0] * self.x.shape[1] * self.key.shape[-1] * self.key.element_size()
-        x, key, y = self.x.numel() * item, self.key.numel() * self.key.element_size(), self.grad_tokens.numel() * item
-        forward = key + x + y
-        if not backward:
-            return forward
-        if self.w_down is None:
-            return forward + y + x
-        return forward + (y + x + y + key) + (x + averaged)
+        item, batch = self.x.element_size(), self.batch
+        num_a, num_b = self.case.split.a.numel(), self.case.split.b.numel()
+        x, tokens, key = self.x.numel() * item, self.grad_tokens.numel() * item, self.key.numel() * self.key.element_size()
+        row, sizes, match, mid = (
+            batch * self.case.dim * item,
+            4 * batch * self.case.num_merged,
+            8 * batch * num_a,
+            4 * batch * num_a,
+        )
+        mean = 4 * batch * self.case.num_tokens * self.key.shape[-1]
+        moved = 0
+        if forward:
+            moved += key + x + tokens + sizes + 2 * match + mid
+        if backward:
+            moved += tokens + sizes + match + x
+            if self.w_down is not None:
+                moved += row * (num_a + num_b) + match + mid + (min(key, mean) if forward else key)
+        return moved
 
     def result_bytes(self, backward: bool) -> int:
         """Bytes of what a call hands back: tokens, size and match, and with ``backward`` the gradients as well."""

@@ -34,8 +34,7 @@ class Setting:
 
     def bytes_moved(self, problem: Problem) -> int:
         """What must be read or written, each once."""
-        both = problem.bytes_moved(self.backward)
-        return both - problem.bytes_moved(False) if self.mode == BACKWARD else both
+        return problem.bytes_moved(self.mode != BACKWARD, self.backward)
 
     def __str__(self) -> str:
         return f"{self.case.name}, batch {self.batch}, {self.dtype}, {self.mode}"
