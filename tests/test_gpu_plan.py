@@ -149,10 +149,10 @@ def test_install_takes_what_was_prepared(tmp_path, monkeypatch):
 def test_the_doctor_reads_what_is_recorded_of_the_build():
     import torch
 
-    from fpet_kernels.__main__ import _build_lines
+    from fpet_kernels.__main__ import _build_facts, _build_lines
 
     recorded = gpu_plan.record(Path(torch.__file__).parent, "/usr/local/cuda/bin/nvcc", "90a-real")
-    lines = "\n".join(_build_lines({"recorded": recorded, "no_introspection": "not carried"}))
+    lines = "\n".join(_build_lines({**_build_facts(), "recorded": recorded}))
     assert f"against torch {torch.__version__}" in lines
     assert recorded["cuda"]["architectures"] == "90a-real"  # type: ignore[index]
 

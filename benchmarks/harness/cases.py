@@ -191,20 +191,16 @@ class Problem:
     def bytes_moved(self, forward: bool, backward: bool) -> int:
         """Bytes that must be read or written, each once, for what is timed: the gradients of x and of the refinement's weights.
 
-        The forward reads key and x and writes tokens, sizes, match, runner-up and the mean of the two best scores. The backward reads
-        the gradient of the tokens, the sizes and the match, and writes dx; where there are weights it also reads the sources' rows
-        of x, the destinations' rows of the tokens, what else the forward kept of the match, and the key: as it is given, or, behind
-        a forward of its own, the mean over heads in float32, if that is less.
+        The forward reads key and x and writes tokens, sizes, match, runner-up and the mean of the two best scores. The
+        backward reads the gradient of the tokens, sizes and match, and writes dx; where there are weights it also reads the
+        sources' rows of x, the destinations' of the tokens, what else the forward kept of the match, and the key: as it is
+        given, or, behind a forward of its own, the mean over heads in float32, if that is less.
         """
         item, batch = self.x.element_size(), self.batch
         num_a, num_b = self.case.split.a.numel(), self.case.split.b.numel()
         x, tokens, key = self.x.numel() * item, self.grad_tokens.numel() * item, self.key.numel() * self.key.element_size()
-        row, sizes, match, mid = (
-            batch * self.case.dim * item,
-            4 * batch * self.case.num_merged,
-            8 * batch * num_a,
-            4 * batch * num_a,
-        )
+        row, sizes = batch * self.case.dim * item, 4 * batch * self.case.num_merged
+        match, mid = 8 * batch * num_a, 4 * batch * num_a
         mean = 4 * batch * self.case.num_tokens * self.key.shape[-1]
         moved = 0
         if forward:
