@@ -32,6 +32,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("fpet.train.command", "tune a backbone, with merged tokens; without options on an embedded task"),
     "evaluate": Command("fpet.train.evaluation", "accuracy of what a finished run tuned"),
+    "plan": Command("fpet.deploy.planning", "which layer to merge in: time, memory and what is lost, on a model of your own"),
+    "predict": Command("fpet.deploy.prediction", "class names and probabilities of images, by a finished run"),
+    "export": Command("fpet.deploy.exporting", "a finished run as one file: torch.export, AOTInductor or ONNX"),
     "retrieval": Command("fpet.retrieval.command", "image-text retrieval with BLIP: train, evaluate, check, --demo"),
     "tables": Command("fpet.tables.command", "the tables of the paper, measured here, beside what was published"),
     "visualize": Command("fpet.visualization", "picture and report of the patches that a model merges in an image"),

@@ -3,6 +3,7 @@
 from .base import Batch, DataOptions, Dataset, Splits, TensorTask, batches, epoch_order
 from .digits import PretrainingData
 from .families import FAMILIES, Family, Transforms, check, load, task_names
+from .folder import image_files
 from .image_set import ImageSet
 from .images import NORMALIZATIONS, UnreadableImage, image_transform, normalize, read_image, to_rgb
 from .lists import FGVC_TASKS, VTAB_TASKS, ImageList, check_folder
@@ -30,6 +31,7 @@ __all__ = [
     "check_folder",
     "draw",
     "epoch_order",
+    "image_files",
     "image_transform",
     "load",
     "normalize",

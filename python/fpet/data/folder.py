@@ -17,7 +17,7 @@ from torch import Tensor
 from .base import DataOptions, Splits
 from .image_set import ImageSet, Sample, keep_readable, why_unreadable
 
-__all__ = ["SPLIT_NAMES", "FoundImages", "datasets", "problems", "read", "split"]
+__all__ = ["SPLIT_NAMES", "FoundImages", "datasets", "image_files", "problems", "read", "split"]
 
 SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test",
@@ -106,6 +106,23 @@ def _images(root: Path) -> list[Path]:
             for name in sorted(files)
             if not name.startswith(".") and Path(name).suffix.lower() in _extensions()
         ]  # fmt: skip
+    return found
+
+
+def image_files(places: Iterable[str | Path]) -> list[Path]:
+    """The files named, and the images in the folders named, deeper ones too, each folder sorted.
+
+    Raises:
+        FileNotFoundError: a place does not exist. ValueError: a folder holds no images.
+    """
+    found: list[Path] = []
+    for place in map(Path, places):
+        if not place.exists():
+            raise FileNotFoundError(f"{place} does not exist")
+        inside = _images(place) if place.is_dir() else [place]
+        if not inside:
+            raise ValueError(f"{place}: no images in this folder")
+        found += inside
     return found
 
 

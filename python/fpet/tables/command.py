@@ -32,8 +32,9 @@ from .. import data
 from ..adapters import METHODS
 from ..adapters.freezing import count_parameters
 from ..comparators import REDUCTIONS
+from ..measure.timing import CLOCKS, MIN_ROUNDS, quotient, take_turns
 from . import accuracy, measure, render
-from .measure import CLOCKS, MODELS, Variant
+from .measure import MODELS, Variant
 from .published import lookup
 from .render import QUANTITIES
 
@@ -213,7 +214,7 @@ class _Collector:
             except (torch.OutOfMemoryError, MemoryError) as error:
                 self.left_out.append(f"{variant}, {quantity}, batch {batch}: {str(error).splitlines()[0]}")
         self.bar.set_description(f"{MODELS[model].title}, {quantity}, batch {batch}: timing {len(calls)} in turns")
-        seconds = measure.take_turns(calls, o.device, budget, clock=o.clock)
+        seconds = take_turns(calls, o.device, budget, clock=o.clock)
         bare = next((v for v in seconds if v.reduction == "none" and v.method in ("full", "linear", "none")), None)
         for variant, taken in seconds.items():
             row = self.row(variant)
@@ -222,9 +223,9 @@ class _Collector:
             told = {"batch": batch, "rounds": len(taken), "clock": clock, "threads": torch.get_num_threads()}
             row["conditions"][quantity] = told
             if variant.plain in seconds:
-                row["ratio"][quantity] = measure.quotient(taken, seconds[variant.plain])
+                row["ratio"][quantity] = quotient(taken, seconds[variant.plain])
             if bare is not None and not training:
-                row["backbone_ratio"][quantity] = measure.quotient(taken, seconds[bare])
+                row["backbone_ratio"][quantity] = quotient(taken, seconds[bare])
         del base, calls
         gc.collect()
         self.bar.update()
@@ -399,7 +400,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=_number(int, 1), help="CPU threads; default torch's")
     add("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: the process's own processor time, for a shared machine")
     add("--budget", type=_number(float, 0), default=DEFAULT_BUDGET,
-        help=f"seconds of timing in all, default {DEFAULT_BUDGET:g}, but at least {measure.MIN_ROUNDS} rounds")  # fmt: skip
+        help=f"seconds of timing in all, default {DEFAULT_BUDGET:g}, but at least {MIN_ROUNDS} rounds")  # fmt: skip
     add("--quick", action="store_true", help="a rough look: vits16, adaptformer and lora, 10 seconds of timing, tables 1, 3, 4")
     add("--accuracy", choices=("none", "embedded", "untuned", "data"), default="none",
         help="embedded: tune on generated tasks; untuned: reduce the tokens of the embedded backbone as it was pre-trained; "

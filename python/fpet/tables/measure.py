@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,17 +21,15 @@ from ..adapters.folding import folds
 from ..comparators.ltmp import PENALTY
 from ..measure.flops import flop_counter
 from ..measure.memory import reserved_memory, step_memory
+from ..measure.timing import Call
 
 __all__ = [
-    "CLOCKS", "MODELS", "Backbone", "Variant", "backbone", "build", "complaint", "forward_call", "gmac", "inputs",
-    "quotient", "reserved_bytes", "step_call", "take_turns", "training_bytes",
+    "MODELS", "Backbone", "Variant", "backbone", "build", "complaint", "forward_call", "gmac", "inputs", "reserved_bytes",
+    "step_call", "training_bytes",
 ]  # fmt: skip
 
 CLASSES = 100  # of CIFAR-100, the first of the VTAB tasks
 DROP_PATH = 0.1  # of the paper's recipe; acts in training alone
-MIN_ROUNDS, MAX_ROUNDS = 5, 200
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-Call = Callable[[], object]
 
 
 class Backbone(NamedTuple):
@@ -246,61 +242,3 @@ def inputs(side: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]
     """Seeded noise (batch, 3, side, side), and labels."""
     g = torch.Generator().manual_seed(0)
     return torch.randn(batch, 3, side, side, generator=g).to(device), torch.arange(batch, device=device) % CLASSES
-
-
-# --- time ----------------------------------------------------------------------------------------------------------------
-
-
-def take_turns(
-    calls: dict[Variant, Call], device: torch.device, budget: float, *, clock: str = "wall",
-    tick: Callable[[float], object] = lambda _share: None,
-) -> dict[Variant, list[float]]:  # fmt: skip
-    """Seconds per call, round by round, for about ``budget`` seconds and at least 5 rounds.
-
-    Each round starts with another call, so that whatever else the machine does hits all of them alike; first calls are not
-    counted.
-
-    Args:
-        clock: "wall"; or "cpu" for the processor time of this process, which on a shared machine says more. CUDA has its own.
-        tick: told the share of the work that is done, after every round.
-    """
-    take = _cuda_seconds(device) if device.type == "cuda" else _cpu_seconds(CLOCKS[clock])
-    for call in calls.values():
-        take(call)
-    seconds: dict[Variant, list[float]] = {variant: [] for variant in calls}
-    names, start, rounds = list(calls), time.perf_counter(), 0
-    while rounds < MIN_ROUNDS or (time.perf_counter() - start < budget and rounds < MAX_ROUNDS):
-        shift = rounds % max(1, len(names))
-        for name in names[shift:] + names[:shift]:
-            seconds[name].append(take(calls[name]))
-        rounds += 1
-        tick(min(1.0, rounds / MIN_ROUNDS, max((time.perf_counter() - start) / max(budget, 1e-9), rounds / MAX_ROUNDS)))
-    return seconds
-
-
-def _cpu_seconds(clock: Callable[[], float]) -> Callable[[Call], float]:
-    def take(call: Call) -> float:
-        start = clock()
-        call()
-        return clock() - start
-
-    return take
-
-
-def _cuda_seconds(device: torch.device) -> Callable[[Call], float]:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def take(call: Call) -> float:
-        torch.cuda.synchronize(device)
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize(device)
-        return float(start.elapsed_time(end)) / 1e3
-
-    return take
-
-
-def quotient(one: list[float], other: list[float]) -> float:
-    """Median over rounds of the quotient of two times of one round: what slows a whole round down cancels out."""
-    return statistics.median(a / b for a, b in zip(one, other, strict=True))

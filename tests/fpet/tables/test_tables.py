@@ -23,6 +23,7 @@ import fpet  # noqa: E402
 from fpet import cli, comparators, data  # noqa: E402
 from fpet.adapters import METHODS  # noqa: E402
 from fpet.layers.modules import PETModule  # noqa: E402
+from fpet.measure import timing  # noqa: E402
 from fpet.measure.memory import reserved_memory, step_memory  # noqa: E402
 from fpet.tables import accuracy, measure, published, render  # noqa: E402
 from fpet.tables import command as tables  # noqa: E402
@@ -248,10 +249,10 @@ def test_calls_take_turns_and_first_ones_do_not_count() -> None:
     made: list[str] = []
     calls = {v: (lambda name=name: made.append(name)) for v, name in ((PLAIN, "a"), (MERGED, "b"))}
     shares: list[float] = []
-    found = measure.take_turns(calls, CPU, 0.0, tick=shares.append)
+    found = timing.take_turns(calls, CPU, 0.0, tick=shares.append)
     assert made == ["a", "b", *("a", "b"), *("b", "a"), *("a", "b"), *("b", "a"), *("a", "b")]
-    assert all(len(seconds) == measure.MIN_ROUNDS for seconds in found.values()) and shares[-1] == 1
-    assert measure.quotient([1.0, 10.0, 1.0], [2.0, 20.0, 2.5]) == 0.5
+    assert all(len(seconds) == timing.MIN_ROUNDS for seconds in found.values()) and shares[-1] == 1
+    assert timing.quotient([1.0, 10.0, 1.0], [2.0, 20.0, 2.5]) == 0.5
 
 
 def test_what_loses_tokens_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,7 +295,7 @@ def test_rows_hold_what_was_measured_and_where_it_is_from(measured: Any) -> None
         (m, r) for m in ("linear", "adaptformer") for r in ("none", "fpet")
     ]
     for row in rows:
-        assert row["measured"]["time_ms"] > 0 and row["conditions"]["time_ms"]["rounds"] >= measure.MIN_ROUNDS
+        assert row["measured"]["time_ms"] > 0 and row["conditions"]["time_ms"]["rounds"] >= timing.MIN_ROUNDS
         assert row["conditions"]["time_ms"] | {"rounds": 0} == {"batch": 1, "rounds": 0, "clock": "cpu", "threads": torch.get_num_threads()}  # fmt: skip
         trains = row["method"] == "adaptformer"
         assert ("step_ms" in row["measured"]) == ("memory_gb" in row["measured"]) == trains
