@@ -250,11 +250,11 @@ class Loop:
         row |= self.task.end_epoch(self)
         self.history.append(row)
         self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, [0.0] * len(self.sums)
-        self.progress.say(_line(row, self.plan.epochs))
         if self.epoch % self.plan.checkpoint_epochs == 0 or self.epoch == self.plan.epochs:
             self._checkpoint()
         elif self.rank == 0:
             self._write("log.csv", lambda folder: write_atomically(folder / "log.csv", _as_csv(self.history).encode()))
+        self.progress.say(_line(row, self.plan.epochs))
         if writer is not None:
             for name, value in row.items():
                 if name not in ("epoch", "step"):
