@@ -14,6 +14,8 @@ import torch
 
 from .. import huggingface
 from ..data.flickr30k import ImageTextSplit, check_folder, load_split
+from ..files.fetching import one_attempt
+from ..train.folder import refuse
 from ..train.processes import pick_device, place, process_group
 from .config import RetrievalConfig
 from .demo import run_demo
@@ -28,7 +30,15 @@ __all__ = ["add_arguments", "run"]
 def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, BlipForImageTextRetrieval
 
-    return BlipForImageTextRetrieval.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+    try:
+        with one_attempt():
+            return BlipForImageTextRetrieval.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"model: {args.model} can't be had ({reason}); fetch its config.json, model.safetensors and tokenizer files where "
+            "there is a network, and pass their folder: --model FOLDER"
+        ) from error
 
 
 def _split(args: argparse.Namespace, name: str, *, augment: bool = False) -> ImageTextSplit:
@@ -39,6 +49,7 @@ def _split(args: argparse.Namespace, name: str, *, augment: bool = False) -> Ima
 def _run_train(args: argparse.Namespace) -> int:
     names = {field.name for field in dataclasses.fields(RetrievalConfig)}
     config = RetrievalConfig(**{name: value for name, value in vars(args).items() if name in names})
+    refuse(Path(args.output), dataclasses.asdict(config))
     split = _split(args, "train", augment=args.augment)
     torch.manual_seed(config.seed)  # of what is new in the model
     model, tokenizer = _load_model(args)

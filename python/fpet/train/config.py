@@ -8,7 +8,6 @@ import difflib
 import importlib.util
 import json
 import math
-import os
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from ..adapters import METHODS, AdapterConfig
 from ..comparators import REDUCTIONS
 from ..data import FAMILIES, task_names
+from .folder import unwritable
 
 __all__ = ["PRESETS", "REDUCTIONS", "Config", "ConfigError", "add_arguments", "from_arguments"]
 
@@ -209,9 +209,8 @@ class Config:
             if wrong:
                 raise ConfigError("\n".join(wrong))
             return
-        folder = next(p for p in (Path(self.output).absolute(), *Path(self.output).absolute().parents) if p.exists())
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            wrong.append(f"output: {folder} is no folder that can be written to")
+        if (reason := unwritable(Path(self.output))) is not None:
+            wrong.append(reason)
         if wrong:
             raise ConfigError("\n".join(wrong))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from ..files.atomic import write_atomically
 from ..files.checkpoint import checkpoints
 from .processes import first_decides, place
 
-__all__ = ["MODEL", "SETTINGS", "claim", "is_held"]
+__all__ = ["MODEL", "SETTINGS", "claim", "is_held", "refuse", "unwritable"]
 
 SETTINGS, MODEL = "config.json", "model.safetensors"
 
@@ -34,16 +35,31 @@ def claim(folder: Path, settings: dict[str, Any], *, free: Collection[str] = (),
     Raises:
         ValueError: it is another run's; it stays as it is.
     """
-    refusal = _refusal(folder, settings, free, resume) if place()[0] == 0 else None
-    refusal = first_decides(refusal)
-    if refusal is not None:
-        raise ValueError(refusal)
+    refuse(folder, settings, free=free, resume=resume)
     if place()[0] == 0 and not is_held(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / SETTINGS, json.dumps(settings, indent=1).encode())
 
 
+def refuse(folder: Path, settings: dict[str, Any], *, free: Collection[str] = (), resume: bool = True) -> None:
+    """Raises as :func:`claim` does, and where nothing could be written; changes nothing."""
+    refusal = _refusal(folder, settings, free, resume) if place()[0] == 0 else None
+    refusal = first_decides(refusal)
+    if refusal is not None:
+        raise ValueError(refusal)
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why a folder can't be made or written into; None if it can."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        return f"output: {there} is no folder that can be written to"
+    return None
+
+
 def _refusal(folder: Path, settings: dict[str, Any], free: Collection[str], resume: bool) -> str | None:
+    if (reason := unwritable(folder)) is not None:
+        return reason
     if not is_held(folder):
         return None
     if not resume and checkpoints(folder):

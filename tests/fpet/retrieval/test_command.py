@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 
 import pytest
 
@@ -30,3 +31,26 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command([])
+
+
+def test_what_would_fail_later_is_refused_first(folder, tmp_path, capsys, monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    tune = ["train", "--data-dir", str(folder), "--quiet", "--output", str(tmp_path / "run"), "--model", "nobody/nothing"]
+    assert command(tune) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("fpet retrieval: --model: nobody/nothing can't be had") and "--model FOLDER" in said
+    assert len(said.splitlines()) == 1 and not (tmp_path / "run").exists()
+    assert command([*tune, "--output", "/dev/null/run"]) == 1
+    assert "--output: /dev/null is no folder that can be written to" in capsys.readouterr().err
+    assert command([*tune, "--batch-size", "1"]) == 1
+    assert "--batch-size: expected at least 2" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / "model.safetensors").write_text("")
+    assert command(tune) == 1
+    assert "holds a run with other settings" in capsys.readouterr().err

@@ -17,7 +17,6 @@ from fpet.files import checkpoint
 from fpet.train import pretrain
 from fpet.train.progress import Progress, duration
 
-
 PROGRAM = """
 import signal, sys
 from fpet.cli import main
