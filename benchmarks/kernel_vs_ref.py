@@ -66,22 +66,25 @@ class Bench(run.Bench):
         self.kinds = options.timing
         indexed = [f"indexed_{variant}" for variant in formulations.BEST_VARIANTS]
         self.baselines = [name for b in options.baselines for name in (indexed if b == BEST else [b])]
-        self._features: tuple[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._features: tuple[str, tuple[torch.Tensor, ...]] = ("", ())
 
     def steps(self, setting: Setting) -> int:
         implementations = len(self.names) + len(self.baselines)
         return 1 + 2 * implementations + TICKS * len(self.kinds)
 
-    def features(self, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, qkv) of the case's crops in float32 on the CPU; kept until another case comes."""
-        if self._features is None or self._features[0] != case.name:
+    def features(self, case: Case, batch: int) -> tuple[torch.Tensor, ...]:
+        """(x, qkv) of as many of the case's crops as a batch can hold, in float32 on the CPU; kept until another case comes."""
+        name, known = self._features
+        count = min(case.distinct, batch)
+        start = known[0].shape[0] if name == case.name else 0
+        if start < count:  # a first batch of one must not wait for sixteen images
             model = cases.seeded_vit(case).to(self.device)
-            count = min(case.distinct, max(self.options.batch))
-            images = cases.crops(cases.photograph(), count, case.image_size)
+            images = cases.crops(cases.photograph(), count, case.image_size)[start:]
             found = [cases.features(model, image[None].to(self.device)) for image in images]
-            self._features = (case.name, tuple(torch.cat(t).cpu() for t in zip(*found, strict=True)))  # type: ignore[assignment]
-        assert self._features is not None
-        return self._features[1]
+            more = tuple(torch.cat(t).cpu() for t in zip(*found, strict=True))
+            known = tuple(map(torch.cat, zip(known, more, strict=True))) if start else more
+            self._features = (case.name, known)
+        return known
 
     def run(self, setting: Setting) -> list[Row]:
         """All implementations of one setting: gate, warm-up, time, memory."""
@@ -93,7 +96,7 @@ class Bench(run.Bench):
             self.left_out.append(f"{setting}: its input of {inputs / 2e9:.1f} GB does not fit")
             return []
         problem = cases.make_problem(
-            case, self.features(case), setting.batch, dtype, self.device, refine=self.options.refinement,
+            case, self.features(case, setting.batch), setting.batch, dtype, self.device, refine=self.options.refinement,
             averaged_key=self.options.key == "averaged",
         )  # fmt: skip
         problem.requires_grad_(setting.backward)

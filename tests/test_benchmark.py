@@ -444,3 +444,14 @@ def test_a_case_that_does_not_fit_is_left_out(monkeypatch):
     bench.bar = SimpleNamespace(set_description=print)
     assert bench.run(setting) == []
     assert "does not fit" in bench.left_out[0]
+
+
+def test_features_are_computed_when_a_batch_needs_them_and_once(monkeypatch):
+    bench = kernel_vs_ref.Bench(SimpleNamespace(device=CPU, batch=[1, 4], timing=["plain"], baselines=[]), ["reference"])
+    built = []
+    monkeypatch.setattr(cases, "seeded_vit", lambda case, build=cases.seeded_vit: (built.append(case), build(case))[1])
+    one = bench.features(TINY, 1)
+    two = bench.features(TINY, 4)
+    assert [t.shape[0] for t in (*one, *two)] == [1, 1, TINY.distinct, TINY.distinct] and len(built) == 2
+    assert all(torch.equal(a, b[:1]) for a, b in zip(one, two, strict=True))
+    assert bench.features(TINY, 2) is two and len(built) == 2

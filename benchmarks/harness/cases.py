@@ -233,7 +233,7 @@ def _refinement(key: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def make_problem(
     case: Case,
-    base: tuple[Tensor, Tensor],
+    base: tuple[Tensor, ...],
     batch: int,
     dtype: torch.dtype,
     device: torch.device,
