@@ -10,22 +10,25 @@ struct Backward : Scratch<Backward<S, T>> {
   const Problem& p;
   const BackwardOutputs& out;
   const BackwardInputs* in = nullptr;
-  int64_t tasks, chunks, row_chunks, group_images, groups, weight_size;
+  int64_t tasks, chunks, pair_cols, row_chunks, group_images, groups, weight_size;
   bool key_path, weights, by_image, stream;
   Shared<T> shared;
 
   struct Image {
     Groups<M> groups;
-    M *inverse_size, *grad_size;  // (nbp): 1 / n_j, and γ'_j
+    M *inverse_size, *grad_size;  // (N_B): 1 / n_j, and γ'_j
     Keys<T> keys;
-    T *grad_a, *grad_b;  // (N_A, cp); (chunks or 2) times (N_B, cp)
+    T *grad_a, *grad_b;  // (N_A, cp); (chunks or 1) times (N_B, cp)
+    T* row_sums;         // (N_A): Σ_j ds_ij
     T* grad_weights;     // (row_chunks or 1) times weight_size
   };
   struct Task {
     KeyScratch<T> key;
-    T *scores, *row_sums;       // (kPairRows, kPairCols), one for each source of a chunk
-    M *products, *x, *g, *row;  // (kPairRows, kPairCols); converted rows of x, G; one row
-    const void **x_rows, **g_rows;
+    T* scores;                    // (kPairRows, pair_cols)
+    M *products, *x, *g, *sizes;  // (kPairRows, pair_cols); turned rows of x, converted rows of G; (pair_cols)
+    T *mids, *sums;               // (pair_cols)
+    M* row;                       // two rows of x
+    const S** x_rows;
     T *grad, *grad_hidden;  // (kKeyRows, cp), (kKeyRows, hp)
   };
 
@@ -36,45 +39,43 @@ struct Backward : Scratch<Backward<S, T>> {
     tasks = work < kSerialWork ? 1 : threads;
     by_image = tasks == 1 || p.batch >= 2 * tasks || p.batch > kMaxGroups;
     stream = p.batch * p.tokens * p.dim * int64_t(sizeof(S)) >= kStreamBytes;
-    chunks = max64(1, min64(kMaxChunks, ceil_div(p.num_a, 28)));
+    chunks = max64(1, min64(kMaxChunks, min64(ceil_div(p.num_a, 28), ceil_div(p.num_a, kLanes<M>))));
+    pair_cols = max64(min64(kPairCols, round_up(p.num_a, kLanes<M>)), ceil_div(ceil_div(p.num_a, kLanes<M>), chunks) * kLanes<M>);
     row_chunks = ceil_div(p.num_a + p.num_b, kKeyRows);
     group_images = max64(1, ceil_div(p.batch, kMaxGroups));
     groups = ceil_div(p.batch, group_images);
   }
 
-  // The first source of a chunk: chunks of about the same length, in whole tiles of dot_products.
-  int64_t chunk_begin(int64_t chunk) const {
-    return chunk == chunks ? p.num_a : p.num_a * chunk / chunks / kDotRows * kDotRows;
-  }
+  // The first source of a chunk: chunks of about the same length, in whole vectors.
+  int64_t chunk_begin(int64_t chunk) const { return min64(p.num_a, ceil_div(p.num_a, kLanes<M>) * chunk / chunks * kLanes<M>); }
 
-  // Whether the products of dM take rows of x and G as they are stored, or in compute precision.
-  static constexpr bool native = kDotsBf16 && sizeof(S) == 2 && SameType<S, bf16>::value;
-  bool in_place() const { return (native || sizeof(S) == sizeof(M)) && p.x.stride[2] == 1 && in_stride_g == 1; }
-  int64_t in_stride_g = 0;  // 0 while planning: room for converted rows is always made
+  int64_t in_stride_g = 0;  // of G's last dimension
 
   void plan_image(Arena& arena, Image& image) const {
     image.groups.plan(arena, p);
-    image.inverse_size = arena.take<M>(shared.nbp);
-    image.grad_size = arena.take<M>(shared.nbp);
+    image.inverse_size = arena.take<M>(p.num_b);
+    image.grad_size = arena.take<M>(p.num_b);
     if (!key_path) return;
     image.keys.plan(arena, p, shared, true);
     image.grad_a = arena.take<T>(p.num_a * shared.cp);
-    image.grad_b = arena.take<T>((by_image ? 2 : chunks) * p.num_b * shared.cp);
+    image.grad_b = arena.take<T>((by_image ? 1 : chunks) * p.num_b * shared.cp);
+    image.row_sums = arena.take<T>(p.num_a);
     image.grad_weights = weights ? arena.take<T>((by_image ? 1 : row_chunks) * weight_size) : nullptr;
   }
   void plan_task(Arena& arena, Task& task) const {
     task.row = arena.take<M>(2 * p.dim);
     if (!key_path) return;
     task.key.plan(arena, shared);
-    task.scores = arena.take<T>(kPairRows * kPairCols);
-    task.row_sums = arena.take<T>(ceil_div(p.num_a, chunks) + kDotRows);
-    task.products = arena.take<M>(kPairRows * kPairCols);
-    task.x_rows = arena.take<const void*>(kPairRows);
-    task.g_rows = arena.take<const void*>(kPairCols);
-    task.grad = arena.take<T>(kKeyRows * shared.cp);
+    task.scores = arena.take<T>(kPairRows * pair_cols);
+    task.products = arena.take<M>(kPairRows * pair_cols);
+    task.sizes = arena.take<M>(pair_cols);
+    task.mids = arena.take<T>(pair_cols);
+    task.sums = arena.take<T>(pair_cols);
+    task.x_rows = arena.take<const S*>(pair_cols);
+    task.grad = arena.take<T>(kKeyRows * max64(shared.cp, shared.hp));
     task.grad_hidden = arena.take<T>(kKeyRows * shared.hp);
-    task.x = arena.take<M>(in_place() ? 0 : kPairRows * p.dim);
-    task.g = arena.take<M>(in_place() ? 0 : min64(kPairCols, p.num_b) * p.dim);
+    task.x = arena.take<M>(round_up(pair_cols, kPanel) * p.dim);
+    task.g = arena.take<M>(sizeof(S) == sizeof(M) ? 0 : min64(kPairRows, p.num_b) * p.dim);
   }
 
   T* group_weights;  // (groups, weight_size)
@@ -101,7 +102,6 @@ struct Backward : Scratch<Backward<S, T>> {
 
   void prepare_image(const Image& image, int64_t b) const {
     image.groups.fill(p, in->match, b);
-    for (int64_t j = p.num_b; j < shared.nbp; ++j) image.inverse_size[j] = image.grad_size[j] = 0;
     if (out.refined || out.key) {
       const T zero = 0;
       for (int64_t at = b * p.tokens * p.channels; at < (b * p.tokens + p.prefix) * p.channels; ++at) {
@@ -150,86 +150,134 @@ struct Backward : Scratch<Backward<S, T>> {
     }
   }
 
-  // A row of x or G for the products of dM; converted into `buffer` where it can't be taken as it is.
-  const void* product_row(const S* row, int64_t stride, M* buffer) const {
-    if (in_place()) return row;
-    read_row(buffer, row, stride, p.dim);
-    return buffer;
+  static constexpr int64_t kPanel = kTileVecs * kLanes<M>;
+
+  // Whether the products of dM take pairs of bfloat16 as they are stored.
+  bool in_pairs() const {
+    const View& g = in->grad_tokens;
+    return kPairsBf16 && SameType<S, bf16>::value && p.x.stride[2] == 1 && in_stride_g == 1 && p.dim % 2 == 0 &&
+           g.stride[0] % 2 == 0 && g.stride[1] % 2 == 0 && uintptr_t(g.data) % 4 == 0;
   }
 
-  // ds of one row of a tile, in place of its scores; returns its sum.
-  T score_gradient(T* scores, const M* products, const M* inverse_size, const M* grad_size, M size, T mid, int64_t cols) const {
-    if constexpr (sizeof(T) == sizeof(M)) {
-      constexpr int lanes = kLanes<T>;
-      Vec<T> sum{};
-      for (int64_t j = 0; j < cols; j += lanes) {
-        const Vec<T> grad_match = (load(products + j) * load(inverse_size + j) + load(grad_size + j)) * size;
-        const Vec<T> z = load(scores + j) - mid;
-        const Vec<T> e = exp_nonpositive(z < T(0) ? z : -z);  // p (1 - p) is even in z
-        const Vec<T> ds = grad_match * (e / ((e + T(1)) * (e + T(1))));
-        store(scores + j, ds);
-        sum += ds;
-      }
-      return sum_lanes<T>(sum);
+  // The rows of `cols` sources from i0 on, turned, and what else is needed of them.
+  void take_sources(const Task& task, const Image& image, int64_t b, int64_t i0, int64_t cols) const {
+    const T* mid = (const T*)in->mid + b * p.num_a;
+    for (int64_t i = 0; i < round_up(cols, kLanes<M>); ++i) {
+      const bool is_one = i < cols;
+      task.sizes[i] = is_one ? image.groups.size[shared.pos_a[i0 + i]] : M(0);
+      task.mids[i] = is_one ? mid[i0 + i] : T(0);
+      task.sums[i] = 0;
+      if (is_one) task.x_rows[i] = x_row(b, shared.pos_a[i0 + i]);
+    }
+    if (in_pairs()) {
+      turn_rows((uint32_t*)task.x, kPanel, (const uint32_t* const*)task.x_rows, 1, cols, p.dim / 2);
     } else {
-      T sum = 0;
-      for (int64_t j = 0; j < cols; ++j) {
-        const T grad_match = (T(products[j]) * T(inverse_size[j]) + T(grad_size[j])) * T(size);
-        const T e = T(exp(-__builtin_fabs(double(scores[j] - mid))));
-        sum += scores[j] = grad_match * (e / ((e + T(1)) * (e + T(1))));
-      }
-      return sum;
+      turn_rows(task.x, kPanel, task.x_rows, p.x.stride[2], cols, p.dim);
     }
   }
 
-  // dk̂ of the sources of one chunk, and that chunk's share of dk̂_B, into `part` (N_B, cp).
-  void pair_chunk(const Task& task, const Image& image, int64_t b, int64_t chunk, T* part, Ahead* ahead) const {
-    const int64_t begin = chunk_begin(chunk), end = chunk_begin(chunk + 1), cp = shared.cp;
-    for (int64_t i = begin; i < end; ++i) task.row_sums[i - begin] = 0;
-    for (int64_t j0 = 0; j0 < p.num_b; j0 += kPairCols) {
-      const int64_t cols = min64(kPairCols, p.num_b - j0), padded = min64(kPairCols, shared.nbp - j0);
-      for (int64_t j = 0; j < cols; ++j)
-        task.g_rows[j] = product_row(grad_row(b, p.prefix + j0 + j), in_stride_g, task.g + j * p.dim);
-      for (int64_t i0 = begin; i0 < end; i0 += kPairRows) {
-        const int64_t rows = min64(kPairRows, end - i0);
-        if (j0 == 0 || end - begin > kPairRows)  // else the rows of the only block are still there
-          for (int64_t r = 0; r < rows; ++r)
-            task.x_rows[r] = product_row(x_row(b, shared.pos_a[i0 + r]), p.x.stride[2], task.x + r * p.dim);
-        if (native && in_place()) {
-          dot_products<typename DotType<S, native>::type>(rows, cols, p.dim, task.x_rows, task.g_rows, task.products, kPairCols,
-                                                          ahead);
-        } else {
-          dot_products<M>(rows, cols, p.dim, task.x_rows, task.g_rows, task.products, kPairCols, ahead);
+  // G_j · x_i of `rows` destinations from j0 on and the sources taken.
+  void multiply(const Task& task, int64_t b, int64_t j0, int64_t rows, int64_t cols, Ahead* ahead) const {
+    const S* g = grad_row(b, p.prefix + j0);
+    const int64_t row = in->grad_tokens.stride[1];
+    if constexpr (sizeof(S) == sizeof(M)) {
+      multiply_rows(task, g, row, in_stride_g, task.x, p.dim, rows, cols, ahead);
+    } else if (in_pairs()) {
+      if constexpr (kPairsBf16)
+        multiply_rows(task, (const uint32_t*)g, row / 2, 1, (const uint32_t*)task.x, p.dim / 2, rows, cols, ahead);
+    } else {
+      for (int64_t r = 0; r < rows; ++r) read_row(task.g + r * p.dim, g + r * row, in_stride_g, p.dim);
+      multiply_rows(task, task.g, p.dim, 1, task.x, p.dim, rows, cols, ahead);
+    }
+  }
+
+  // A slice of a panel stays in the first-level cache while all rows pass.
+  template <class U>
+  void multiply_rows(const Task& task, const U* g, int64_t row, int64_t col, const U* x, int64_t dim, int64_t rows,
+                     int64_t cols, Ahead* ahead) const {
+    for (int64_t i = 0; i < cols; i += kPanel)
+      for (int64_t d = 0; d < dim; d += kPairDepth)
+        matmul(rows, min64(kPanel, round_up(cols - i, kLanes<M>)), min64(kPairDepth, dim - d), g + d * col, row, col,
+               x + i * dim + d * kPanel, kPanel, task.products + i, pair_cols, d > 0, ahead);
+  }
+
+  // ds of a tile, in place of its scores; sums[i] += Σ_j ds_ij.
+  void score_gradients(const Task& task, const Image& image, int64_t j0, int64_t rows, int64_t cols) const {
+    T* sums = task.sums;
+    for (int64_t r = 0; r < rows; ++r) {
+      const M inverse_size = image.inverse_size[j0 + r], grad_size = image.grad_size[j0 + r];
+      const M* products = task.products + r * pair_cols;
+      T* scores = task.scores + r * pair_cols;
+      if constexpr (sizeof(T) == sizeof(M)) {
+        for (int64_t i = 0; i < cols; i += kLanes<T>) {
+          const Vec<T> grad_match = (load(products + i) * inverse_size + grad_size) * load(task.sizes + i);
+          const Vec<T> z = load(scores + i) - load(task.mids + i);
+          const Vec<T> e = exp_nonpositive(z < T(0) ? z : -z);  // p (1 - p) is even in z
+          const Vec<T> ds = grad_match * (e / ((e + T(1)) * (e + T(1))));
+          store(scores + i, ds);
+          store(sums + i, load(sums + i) + ds);
         }
-        const T* a = image.keys.a + i0 * cp;
-        for (int64_t j = 0; j < padded; j += shared.panel_cols)
-          matmul(rows, min64(shared.panel_cols, padded - j), p.channels, a, cp, int64_t(1),
-                 image.keys.turned + (j0 + j) * p.channels, shared.panel_cols, task.scores + j, kPairCols, false);
-        for (int64_t r = 0; r < rows; ++r) {
-          M* products = task.products + r * kPairCols;
-          for (int64_t j = cols; j < padded; ++j) products[j] = 0;
-          const int64_t at = b * p.num_a + i0 + r;
-          task.row_sums[i0 - begin + r] +=
-              score_gradient(task.scores + r * kPairCols, products, image.inverse_size + j0, image.grad_size + j0,
-                             image.groups.size[shared.pos_a[i0 + r]], ((const T*)in->mid)[at], padded);
+      } else {
+        for (int64_t i = 0; i < cols; ++i) {
+          const T grad_match = (T(products[i]) * T(inverse_size) + T(grad_size)) * T(task.sizes[i]);
+          const T e = T(exp(-__builtin_fabs(double(scores[i] - task.mids[i]))));
+          sums[i] += scores[i] = grad_match * (e / ((e + T(1)) * (e + T(1))));
         }
-        matmul(rows, cp, cols, task.scores, kPairCols, int64_t(1), image.keys.b + j0 * cp, cp, image.grad_a + i0 * cp, cp,
-               j0 > 0);
-        matmul(cols, cp, rows, task.scores, int64_t(1), kPairCols, a, cp, part + j0 * cp, cp, i0 > begin);
       }
     }
-    // The gradient through m_i, the mean of the two largest scores: -½ Σ_j ds_ij at both.
-    constexpr int lanes = kLanes<T>;
-    for (int64_t i = begin; i < end; ++i) {
-      const T half = task.row_sums[i - begin] * T(-0.5);
-      const int64_t at = b * p.num_a + i, j1 = in->match[at] - p.prefix, j2 = in->second[at] - p.prefix;
-      const T *a = image.keys.a + i * cp, *b1 = image.keys.b + j1 * cp, *b2 = image.keys.b + j2 * cp;
-      T *da = image.grad_a + i * cp, *d1 = part + j1 * cp, *d2 = part + j2 * cp;
-      for (int64_t c = 0; c < cp; c += lanes) {
-        store(da + c, load(da + c) + (load(b1 + c) + load(b2 + c)) * half);
-        store(d1 + c, load(d1 + c) + load(a + c) * half);
-        store(d2 + c, load(d2 + c) + load(a + c) * half);
+  }
+
+  // dk̂ of the sources of the chunks [first, last), and their shares of dk̂_B: summed up, or each by itself. As many chunks at once
+  // as a tile has columns, and at least one, so that their sums are the same however chunks are handed out.
+  void pair_chunks(const Task& task, const Image& image, int64_t b, int64_t first, int64_t last, bool by_itself, Ahead* ahead) const {
+    const int64_t cp = shared.cp;
+    if (!p.num_a) memset(image.grad_b, 0, size_t(p.num_b * cp) * sizeof(T));
+    for (int64_t next; first < last; first = next) {
+      const int64_t i0 = chunk_begin(first);
+      for (next = first + 1; next < last && chunk_begin(next + 1) - i0 <= pair_cols;) ++next;
+      const int64_t cols = chunk_begin(next) - i0;
+      take_sources(task, image, b, i0, cols);
+      for (int64_t j0 = 0; j0 < p.num_b; j0 += kPairRows) {
+        const int64_t rows = min64(kPairRows, p.num_b - j0);
+        multiply(task, b, j0, rows, cols, ahead);
+        const T* unit_b = image.keys.b + j0 * cp;
+        for (int64_t i = i0; i < i0 + cols;) {  // k̂_Aᵀ has panels of its own
+          const int64_t at = i % shared.panel_cols, some = min64(shared.panel_cols - at, i0 + cols - i);
+          matmul(rows, round_up(some, kLanes<T>), p.channels, unit_b, cp, int64_t(1),
+                 image.keys.turned + (i - at) * p.channels + at, shared.panel_cols, task.scores + i - i0, pair_cols, false);
+          i += some;
+        }
+        score_gradients(task, image, j0, rows, cols);
+        matmul(cols, cp, rows, task.scores, int64_t(1), pair_cols, unit_b, cp, image.grad_a + i0 * cp, cp, j0 > 0);
+        for (int64_t c = first; c < next; ++c) {
+          const int64_t begin = chunk_begin(c);
+          T* part = image.grad_b + ((by_itself ? c * p.num_b : 0) + j0) * cp;
+          matmul(rows, cp, chunk_begin(c + 1) - begin, task.scores + begin - i0, pair_cols, int64_t(1), image.keys.a + begin * cp,
+                 cp, part, cp, !by_itself && c > 0);
+        }
       }
+      memcpy(image.row_sums + i0, task.sums, size_t(cols) * sizeof(T));
+    }
+  }
+
+  // The gradient through m_i, the mean of the two largest scores: -½ Σ_j ds_ij at both. Added to the rows of dk̂ in task.grad.
+  void mid_gradients(const Task& task, const Image& image, int64_t b, int64_t begin, int64_t rows) const {
+    constexpr int lanes = kLanes<T>;
+    const int64_t cp = shared.cp, *first = in->match + b * p.num_a, *second = in->second + b * p.num_a;
+    for (int64_t i = 0; i < p.num_a; ++i) {
+      const T half = image.row_sums[i] * T(-0.5);
+      const int64_t j1 = first[i] - p.prefix, j2 = second[i] - p.prefix;
+      const T *a = image.keys.a + i * cp, *b1 = image.keys.b + j1 * cp, *b2 = image.keys.b + j2 * cp;
+      if (i >= begin && i < begin + rows) {
+        T* grad = task.grad + (i - begin) * cp;
+        for (int64_t c = 0; c < cp; c += lanes) store(grad + c, load(grad + c) + (load(b1 + c) + load(b2 + c)) * half);
+      }
+      const int64_t best[2] = {p.num_a + j1, p.num_a + j2};
+      for (const int64_t row : best)
+        if (row >= begin && row < begin + rows) {
+          T* grad = task.grad + (row - begin) * cp;
+          for (int64_t c = 0; c < cp; c += lanes) store(grad + c, load(grad + c) + load(a + c) * half);
+        }
     }
   }
 
@@ -240,14 +288,19 @@ struct Backward : Scratch<Backward<S, T>> {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = begin + r, j = row - p.num_a;
       T* grad = task.grad + r * cp;
-      const T* unit = j < 0 ? image.keys.a + row * cp : image.keys.b + j * cp;
       for (int64_t c = 0; c < cp; c += lanes) {
         Vec<T> sum = load((j < 0 ? image.grad_a + row * cp : image.grad_b + j * cp) + c);
         if (j >= 0)
           for (int64_t q = 1; q < parts_b; ++q) sum += load(image.grad_b + (q * p.num_b + j) * cp + c);
         store(grad + c, sum);
       }
+    }
+    mid_gradients(task, image, b, begin, rows);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = begin + r, j = row - p.num_a;
+      T* grad = task.grad + r * cp;
       if (p.cosine) {
+        const T* unit = j < 0 ? image.keys.a + row * cp : image.keys.b + j * cp;
         const T norm = image.keys.norm[row];
         const bool clamped = norm < T(1e-12);  // then k̂ = k' / 1e-12: no gradient through the norm
         const T along = clamped ? T(0) : dot(unit, grad, cp), divisor = clamped ? T(1e-12) : norm;
@@ -274,8 +327,8 @@ struct Backward : Scratch<Backward<S, T>> {
         matmul(p.channels, hp, rows, task.grad, int64_t(1), cp, hidden, hp, part, hp, false);
         // Read again: keeping the means of all rows would take as much memory as the refined keys.
         for (int64_t r = 0; r < rows; ++r) {
-          if (r + kKeyAhead < rows) prefetch_key(p, b, position(p, shared, begin + r + kKeyAhead));
-          read_key(task.key.key + r * cp, task.key.row, p, cp, b, position(p, shared, begin + r));
+          const int64_t ahead = position(p, shared, begin + min64(r + kKeyAhead, rows - 1));
+          read_key(task.key.key + r * cp, task.key.row, p, cp, b, position(p, shared, begin + r), ahead);
         }
         matmul(p.hidden, cp, rows, grad_hidden, int64_t(1), hp, task.key.key, cp, part + p.channels * hp, cp, false);
       }
@@ -289,10 +342,17 @@ struct Backward : Scratch<Backward<S, T>> {
     }
   }
 
-  Ahead tokens_ahead(const View& v, int64_t b) const {
-    if (v.stride[2] != 1 || v.stride[1] != p.dim) return {};
-    const char* start = (const char*)((const S*)v.data + b * v.stride[0]);
-    return {start, start + min64((p.prefix + p.num_b) * p.dim * int64_t(sizeof(S)), kAheadBytes / 2)};
+  // What image b begins with: its gradient, its merged tokens and its sources.
+  Ahead tokens_ahead(int64_t b) const {
+    Ahead ahead;
+    const auto add = [&](const View& v, int64_t count, const int64_t* index) {
+      constexpr int64_t bytes = sizeof(S);
+      if (v.stride[2] == 1) ahead.add((const S*)v.data + b * v.stride[0], v.stride[1] * bytes, p.dim * bytes, count, index);
+    };
+    add(in->grad_tokens, p.prefix + p.num_b, nullptr);
+    add(in->tokens, p.prefix + p.num_b, nullptr);
+    add(p.x, p.num_a, shared.pos_a);
+    return ahead;
   }
 
   void add_to(T* sum, const T* part, int64_t n) const {
@@ -305,7 +365,7 @@ struct Backward : Scratch<Backward<S, T>> {
     if (p.dim == 1) in_stride_g = 1;
     plan(base);
     shared.fill(p);
-    const int64_t merged = p.prefix + p.num_b, part_b = p.num_b * shared.cp;
+    const int64_t merged = p.prefix + p.num_b;
     if (weights) memset(group_weights, 0, size_t(groups * weight_size) * sizeof(T));
     if (by_image) {
       run_ranges(parallel, groups, tasks, [&](int64_t t, int64_t first, int64_t last) {
@@ -316,14 +376,8 @@ struct Backward : Scratch<Backward<S, T>> {
           values(task, image, b, 0, merged);
           if (!key_path) continue;
           refine_keys(p, shared, image.keys, task.key, b, 0, p.num_a + p.num_b);
-          // What the next image begins with: its gradient, then its merged tokens.
-          const bool more = b + 1 < min64(p.batch, last * group_images);
-          Ahead grad = more ? tokens_ahead(in->grad_tokens, b + 1) : Ahead{};
-          Ahead y = more ? tokens_ahead(in->tokens, b + 1) : Ahead{};
-          for (int64_t c = 0; c < chunks; ++c) {
-            pair_chunk(task, image, b, c, c == 0 ? image.grad_b : image.grad_b + part_b, 2 * c < chunks ? &grad : &y);
-            if (c > 0) add_to(image.grad_b, image.grad_b + part_b, part_b);
-          }
+          Ahead ahead = b + 1 < min64(p.batch, last * group_images) ? tokens_ahead(b + 1) : Ahead{};
+          pair_chunks(task, image, b, 0, chunks, false, &ahead);
           for (int64_t c = 0; c < row_chunks; ++c) {
             key_chunk(task, image, b, c, 1, image.grad_weights);
             if (weights) add_to(group_weights + b / group_images * weight_size, image.grad_weights, weight_size);
@@ -341,8 +395,7 @@ struct Backward : Scratch<Backward<S, T>> {
         refine_keys(p, shared, image.keys, task.key, b, c * kKeyRows, min64(p.num_a + p.num_b, (c + 1) * kKeyRows));
       });
       over_items(parallel, chunks, [&](const Task& task, const Image& image, int64_t b, int64_t c) {
-        Ahead none;
-        pair_chunk(task, image, b, c, image.grad_b + c * part_b, &none);
+        pair_chunks(task, image, b, c, c + 1, true, nullptr);
       });
       over_items(parallel, row_chunks, [&](const Task& task, const Image& image, int64_t b, int64_t c) {
         key_chunk(task, image, b, c, chunks, image.grad_weights + c * weight_size);
@@ -358,17 +411,19 @@ struct Backward : Scratch<Backward<S, T>> {
   void write_weights(const Parallel& parallel) {
     const int64_t cp = shared.cp, hp = shared.hp;
     run_ranges(parallel, p.channels + p.hidden, groups * weight_size < kSerialWork ? 1 : tasks,
-               [&](int64_t, int64_t begin, int64_t end) {
+               [&](int64_t t, int64_t begin, int64_t end) {
+                 T* sum = this->task_at(t).grad;
                  for (int64_t r = begin; r < end; ++r) {
                    const bool is_up = r < p.channels;
-                   const int64_t row = is_up ? r : r - p.channels, width = is_up ? p.hidden : p.channels;
-                   const int64_t offset = is_up ? row * hp : p.channels * hp + row * cp;
-                   for (int64_t c = 0; c < width; ++c) {
-                     T sum = 0;
-                     for (int64_t g = 0; g < groups; ++g) sum += group_weights[g * weight_size + offset + c];
-                     if (is_up) sum *= T(p.scale);
-                     write_any(is_up ? out.w_up : out.w_down, out.weight_dtype, row * width + c, &sum, 1);
+                   const int64_t row = is_up ? r : r - p.channels, padded = is_up ? hp : cp;
+                   const T* part = group_weights + (is_up ? row * hp : p.channels * hp + row * cp);
+                   for (int64_t c = 0; c < padded; c += kLanes<T>) {
+                     Vec<T> total{};
+                     for (int64_t g = 0; g < groups; ++g) total += load(part + g * weight_size + c);
+                     store(sum + c, is_up ? total * T(p.scale) : total);
                    }
+                   const int64_t width = is_up ? p.hidden : p.channels;
+                   write_any(is_up ? out.w_up : out.w_down, out.weight_dtype, row * width, sum, width);
                  }
                });
   }

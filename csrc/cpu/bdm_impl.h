@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include "vec.h"
 
+#include "ahead.h"
 #include "blocks.h"
 #include "scratch.h"
 #include "lists.h"

@@ -7,33 +7,30 @@ namespace {
 
 // Register tiles: rows x vectors that leave room for the operands in 32 (AVX-512, Arm) or 16 vector registers.
 #if FPET_VEC_BYTES == 64 || defined(__aarch64__)
-constexpr int kTileRows = 6, kTileVecs = 4, kDotRows = 4, kDotCols = 6;
+constexpr int kTileRows = 6, kTileVecs = 4;
 #else
-constexpr int kTileRows = 6, kTileVecs = 2, kDotRows = 3, kDotCols = 4;
+constexpr int kTileRows = 6, kTileVecs = 2;
 #endif
-
-// Memory that is wanted soon: fetched into the second-level cache from inside a product that leaves memory idle.
-struct Ahead {
-  const char *at = nullptr, *end = nullptr;
-
-  // The next `bytes`, or null where fewer are left.
-  const char* take(int64_t bytes) {
-    if (end - at < bytes) return nullptr;
-    at += bytes;
-    return at - bytes;
-  }
-};
-inline void prefetch_lines(const char* p, int lines) {
-#pragma GCC unroll 16
-  for (int u = 0; u < lines; ++u) __builtin_prefetch(p + u * 64, 0, 2);
-}
 
 // --- C (m x n) [+]= A (m x k) B (k x n) ----------------------------------------------------------------------------------
 // A has any strides; B and C are row-major with n padded to whole vectors. Every element is summed over k in order, by the
-// same instructions wherever it lies in the tile, so results do not depend on how rows are cut into tasks.
+// same instructions wherever it lies in the tile, so results do not depend on how rows are cut into tasks. The operands U are
+// of the sums' type T, or pairs of bfloat16.
 
-template <class T, int R, int V>
-inline void matmul_tile(int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, T* c, int64_t c_row,
+inline Vec<float> multiply_add(Vec<float> acc, Vec<float> a, Vec<float> b) { return acc + a * b; }
+inline Vec<double> multiply_add(Vec<double> acc, Vec<double> a, Vec<double> b) { return acc + a * b; }
+// A product of two bfloat16 is exact in float32, so they need no conversion where the machine multiplies them itself.
+#ifdef __AVX512BF16__
+inline Vec<float> multiply_add(Vec<float> acc, Vec<uint32_t> a, Vec<uint32_t> b) {
+  return _mm512_dpbf16_ps(acc, bit_copy<__m512bh>(a), bit_copy<__m512bh>(b));
+}
+constexpr bool kPairsBf16 = true;
+#else
+constexpr bool kPairsBf16 = false;
+#endif
+
+template <int R, int V, class T, class U>
+inline void matmul_tile(int64_t k, const U* a, int64_t a_row, int64_t a_col, const U* b, int64_t b_row, T* c, int64_t c_row,
                         bool accumulate, Ahead* ahead) {
   constexpr int lanes = kLanes<T>;
   Vec<T> acc[R][V];
@@ -41,17 +38,20 @@ inline void matmul_tile(int64_t k, const T* a, int64_t a_row, int64_t a_col, con
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) acc[r][v] = Vec<T>{};
-  const char* fetch = ahead ? ahead->take(k * 192) : nullptr;
+  Ahead::Piece fetch = ahead ? ahead->take(k / 2) : Ahead::Piece{};
   for (int64_t p = 0; p < k; ++p) {
-    if (fetch) prefetch_lines(fetch + p * 192, 3);
-    Vec<T> bv[V];
+    if (p % 2 == 0 && fetch.at < fetch.end) {  // no faster: too many at once hold up the product
+      __builtin_prefetch(fetch.at, 0, 2);
+      fetch.at += 64;
+    }
+    Vec<U> bv[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) bv[v] = load(b + p * b_row + v * lanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vec<T> av = splat(a[r * a_row + p * a_col]);
+      const Vec<U> av = splat(a[r * a_row + p * a_col]);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[r][v] += av * bv[v];
+      for (int v = 0; v < V; ++v) acc[r][v] = multiply_add(acc[r][v], av, bv[v]);
     }
   }
 #pragma GCC unroll 8
@@ -63,137 +63,68 @@ inline void matmul_tile(int64_t k, const T* a, int64_t a_row, int64_t a_col, con
     }
 }
 
-template <class T, int V>
-inline void matmul_rows(int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, T* c,
+// Columns one vector wide take tiles of eight rows: as many sums as hide a multiplication's latency.
+template <int V, class T, class U>
+inline void matmul_rows(int64_t m, int64_t k, const U* a, int64_t a_row, int64_t a_col, const U* b, int64_t b_row, T* c,
                         int64_t c_row, bool accumulate, Ahead* ahead) {
-  int64_t i = 0;
-  for (; i + kTileRows <= m; i += kTileRows)
-    matmul_tile<T, kTileRows, V>(k, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, accumulate, ahead);
-  a += i * a_row;
-  c += i * c_row;
-  switch (m - i) {
-    case 5: matmul_tile<T, 5, V>(k, a, a_row, a_col, b, b_row, c, c_row, accumulate, ahead); break;
-    case 4: matmul_tile<T, 4, V>(k, a, a_row, a_col, b, b_row, c, c_row, accumulate, ahead); break;
-    case 3: matmul_tile<T, 3, V>(k, a, a_row, a_col, b, b_row, c, c_row, accumulate, ahead); break;
-    case 2: matmul_tile<T, 2, V>(k, a, a_row, a_col, b, b_row, c, c_row, accumulate, ahead); break;
-    case 1: matmul_tile<T, 1, V>(k, a, a_row, a_col, b, b_row, c, c_row, accumulate, ahead); break;
-    default: break;
+  constexpr int most = V == 1 ? 8 : kTileRows;
+  for (int64_t rows; m > 0; m -= rows, a += rows * a_row, c += rows * c_row) {
+    rows = m > most && m <= most + 2 ? (m + 1) / 2 : min64(m, most);  // not one large tile and a tiny one
+    switch (rows) {
+      case 8:
+        if constexpr (most == 8) matmul_tile<8, V>(k, a, a_row, a_col, b, b_row, c, c_row, accumulate, ahead);
+        break;
+      case 7:
+        if constexpr (most == 8) matmul_tile<7, V>(k, a, a_row, a_col, b, b_row, c, c_row, accumulate, ahead);
+        break;
+      case 6: matmul_tile<6, V>(k, a, a_row, a_col, b, b_row, c, c_row, accumulate, ahead); break;
+      case 5: matmul_tile<5, V>(k, a, a_row, a_col, b, b_row, c, c_row, accumulate, ahead); break;
+      case 4: matmul_tile<4, V>(k, a, a_row, a_col, b, b_row, c, c_row, accumulate, ahead); break;
+      case 3: matmul_tile<3, V>(k, a, a_row, a_col, b, b_row, c, c_row, accumulate, ahead); break;
+      case 2: matmul_tile<2, V>(k, a, a_row, a_col, b, b_row, c, c_row, accumulate, ahead); break;
+      default: matmul_tile<1, V>(k, a, a_row, a_col, b, b_row, c, c_row, accumulate, ahead); break;
+    }
   }
 }
 
-template <class T>
-void matmul(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, T* c,
+template <class T, class U>
+void matmul(int64_t m, int64_t n, int64_t k, const U* a, int64_t a_row, int64_t a_col, const U* b, int64_t b_row, T* c,
             int64_t c_row, bool accumulate, Ahead* ahead = nullptr) {
   constexpr int lanes = kLanes<T>;
   int64_t j = 0;
   for (; j + kTileVecs * lanes <= n; j += kTileVecs * lanes)
-    matmul_rows<T, kTileVecs>(m, k, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, ahead);
+    matmul_rows<kTileVecs>(m, k, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, ahead);
   switch ((n - j) / lanes) {
-    case 3: matmul_rows<T, 3>(m, k, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, ahead); break;
-    case 2: matmul_rows<T, 2>(m, k, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, ahead); break;
-    case 1: matmul_rows<T, 1>(m, k, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, ahead); break;
+    case 3: matmul_rows<3>(m, k, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, ahead); break;
+    case 2: matmul_rows<2>(m, k, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, ahead); break;
+    case 1: matmul_rows<1>(m, k, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, ahead); break;
     default: break;
   }
 }
 
-// --- C (m x n) = X Gᵀ over rows given by pointers, each of `dim` elements: the products of dM ---------------------------------
+// --- rows turned into columns ------------------------------------------------------------------------------------------------
 
-// One step: acc += x · g over as many elements as a vector of E has. A product of two bfloat16 is exact in float32, so rows of
-// bfloat16 need no conversion where the machine multiplies them itself.
-template <class E>
-struct DotStep {
-  using T = E;
-  static constexpr int count = kLanes<E>;
-  using Row = Vec<E>;
-  static Row read(const E* p) { return load(p); }
-  static Vec<T> add(Vec<T> acc, Row x, Row g) { return acc + x * g; }
-};
-#ifdef __AVX512BF16__
-template <>
-struct DotStep<bf16> {
-  using T = float;
-  static constexpr int count = 32;
-  using Row = __m512bh;
-  static Row read(const bf16* p) { return load_bytes<__m512bh>(p); }
-  static Vec<float> add(Vec<float> acc, Row x, Row g) { return _mm512_dpbf16_ps(acc, x, g); }
-};
-constexpr bool kDotsBf16 = true;
-#else
-constexpr bool kDotsBf16 = false;
-#endif
-
-// The type whose rows are multiplied: S itself where the machine can, else what it computes in.
-template <class S, bool Native>
-struct DotType {
-  using type = Compute<S>;
-};
-template <class S>
-struct DotType<S, true> {
-  using type = S;
-};
-
-template <class E, int R, int Q>
-inline void dot_tile(int64_t dim, const void* const* x, const void* const* g, Compute<E>* c, int64_t c_row, Ahead* ahead) {
-  using Step = DotStep<E>;
-  using T = Compute<E>;
-  constexpr int lanes = kLanes<T>;
-  Vec<T> acc[R][Q];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int q = 0; q < Q; ++q) acc[r][q] = Vec<T>{};
-  const E *xr[R], *gq[Q];
-  for (int r = 0; r < R; ++r) xr[r] = (const E*)x[r];
-  for (int q = 0; q < Q; ++q) gq[q] = (const E*)g[q];
-  const char* fetch = ahead->take(dim / Step::count * 64);
-  int64_t d = 0;
-  for (; d + Step::count <= dim; d += Step::count) {
-    if (fetch) prefetch_lines(fetch + d / Step::count * 64, 1);
-    typename Step::Row xv[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) xv[r] = Step::read(xr[r] + d);
-#pragma GCC unroll 8
-    for (int q = 0; q < Q; ++q) {
-      const typename Step::Row gv = Step::read(gq[q] + d);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[r][q] = Step::add(acc[r][q], xv[r], gv);
-    }
+// `count` rows of k elements, `stride` apart, as panels of (k, cols): element p of row r is panels[(r / cols * k + p) * cols + r % cols].
+// Rows that fill up the last vector are zeros.
+template <class U, class S>
+void turn_rows(U* panels, int64_t cols, const S* const* rows, int64_t stride, int64_t count, int64_t k) {
+  constexpr int lanes = kLanes<U>;
+  for (int64_t r0 = 0; r0 < count; r0 += lanes) {
+    U* panel = panels + r0 / cols * cols * k + r0 % cols;
+    const int64_t some = min64(lanes, count - r0);
+    int64_t p = 0;
+    if (stride == 1)
+      for (; p + lanes <= k; p += lanes) {
+        Vec<U> block[lanes];
+#pragma GCC unroll 16
+        for (int r = 0; r < lanes; ++r) block[r] = r < some ? load(rows[r0 + r] + p) : Vec<U>{};
+        transpose<U>(block);
+#pragma GCC unroll 16
+        for (int q = 0; q < lanes; ++q) store(panel + (p + q) * cols, block[q]);
+      }
+    for (; p < k; ++p)
+      for (int64_t r = 0; r < lanes; ++r) panel[p * cols + r] = r < some ? U(to_compute(rows[r0 + r][p * stride])) : U(0);
   }
-  // The sums of all accumulators, as many at once as a vector has lanes.
-  constexpr int padded = (R * Q + lanes - 1) / lanes * lanes;
-  Vec<T> flat[padded];
-#pragma GCC unroll 32
-  for (int i = 0; i < padded; ++i) flat[i] = i < R * Q ? acc[i / Q % R][i % Q] : Vec<T>{};
-  T sums[padded];
-#pragma GCC unroll 32
-  for (int i = 0; i < padded; i += lanes) {
-    sum_each<T>(flat + i);
-    store(sums + i, flat[i]);
-  }
-  for (int r = 0; r < R; ++r)
-    for (int q = 0; q < Q; ++q) {
-      T total = sums[r * Q + q];
-      for (int64_t e = d; e < dim; ++e) total += to_compute(xr[r][e]) * to_compute(gq[q][e]);
-      c[r * c_row + q] = total;
-    }
-}
-
-template <class E, int R>
-inline void dot_rows(int64_t n, int64_t dim, const void* const* x, const void* const* g, Compute<E>* c, int64_t c_row,
-                     Ahead* ahead) {
-  int64_t j = 0;
-  for (; j + kDotCols <= n; j += kDotCols) dot_tile<E, R, kDotCols>(dim, x, g + j, c + j, c_row, ahead);
-  for (; j + 2 <= n; j += 2) dot_tile<E, R, 2>(dim, x, g + j, c + j, c_row, ahead);
-  for (; j < n; ++j) dot_tile<E, R, 1>(dim, x, g + j, c + j, c_row, ahead);
-}
-
-template <class E>
-void dot_products(int64_t m, int64_t n, int64_t dim, const void* const* x, const void* const* g, Compute<E>* c, int64_t c_row,
-                  Ahead* ahead) {
-  int64_t i = 0;
-  for (; i + kDotRows <= m; i += kDotRows) dot_rows<E, kDotRows>(n, dim, x + i, g, c + i * c_row, c_row, ahead);
-  for (; i + 2 <= m; i += 2) dot_rows<E, 2>(n, dim, x + i, g, c + i * c_row, c_row, ahead);
-  for (; i < m; ++i) dot_rows<E, 1>(n, dim, x + i, g, c + i * c_row, c_row, ahead);
 }
 
 // --- rows of any storage type ----------------------------------------------------------------------------------------------
@@ -292,9 +223,11 @@ inline void put(S* p, V v) {
   store(p, v);
 }
 
-// out = (Σ_k w[k] · rows[k]) / n. A quotient by a power of two is exact as a product, and most n are 1 or 2.
+// out = (Σ_k w[k] · rows[k]) / n, while `ahead` rows, `soon` of them, are fetched. A quotient by a power of two is exact as a
+// product, and most n are 1 or 2.
 template <bool Stream, class S>
-void weighted_mean_of(S* out, const S* const* rows, const Compute<S>* w, int64_t count, Compute<S> n, int64_t dim) {
+void weighted_mean_of(S* out, const S* const* rows, const Compute<S>* w, int64_t count, Compute<S> n, int64_t dim,
+                      const S* const* ahead, int64_t soon) {
   using T = Compute<S>;
   constexpr int lanes = kLanes<T>, unroll = 4;
   const T inverse = T(1) / n;
@@ -305,6 +238,7 @@ void weighted_mean_of(S* out, const S* const* rows, const Compute<S>* w, int64_t
   int64_t d = 0;
   for (; d + unroll * lanes <= dim; d += unroll * lanes) {
     Vec<T> acc[unroll];
+    for (int64_t k = 0; k < soon; ++k) prefetch_lines(ahead[k] + d, unroll * lanes * int64_t(sizeof(S)));
 #pragma GCC unroll 4
     for (int u = 0; u < unroll; ++u) acc[u] = load(rows[0] + d + u * lanes) * w[0];
     for (int64_t k = 1; k < count; ++k)
@@ -326,11 +260,12 @@ void weighted_mean_of(S* out, const S* const* rows, const Compute<S>* w, int64_t
 }
 
 template <class S>
-void weighted_mean(S* out, const S* const* rows, const Compute<S>* w, int64_t count, Compute<S> n, int64_t dim, bool stream) {
+void weighted_mean(S* out, const S* const* rows, const Compute<S>* w, int64_t count, Compute<S> n, int64_t dim, bool stream,
+                   const S* const* ahead = nullptr, int64_t soon = 0) {
   if (stream && can_stream(out, dim)) {
-    weighted_mean_of<true>(out, rows, w, count, n, dim);
+    weighted_mean_of<true>(out, rows, w, count, n, dim, ahead, soon);
   } else {
-    weighted_mean_of<false>(out, rows, w, count, n, dim);
+    weighted_mean_of<false>(out, rows, w, count, n, dim, ahead, soon);
   }
 }
 

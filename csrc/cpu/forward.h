@@ -56,36 +56,51 @@ void match_rows(const Problem& p, const ForwardOutputs& out, const Shared<T>& s,
   }
 }
 
-// The merged tokens [begin, end) of one image; meanwhile the keys of the next one are fetched.
+// The tokens that become one merged token.
+template <class S>
+struct Sources {
+  const S** rows;  // (N_A + 1)
+  Compute<S>* weights;
+  int64_t count;
+};
+
+// The merged tokens [begin, end) of one image; while one is formed, the sources of the next are fetched.
 template <class S, class T>
 void merge_rows(const Problem& p, const ForwardOutputs& out, const Shared<T>& s, const Groups<Compute<S>>& groups,
-                const S** rows, Compute<S>* weights, int64_t image, int64_t begin, int64_t end, bool stream, bool next) {
+                Sources<S>* sources, int64_t image, int64_t begin, int64_t end, bool stream) {
   using M = Compute<S>;
   const int64_t merged = p.prefix + p.num_b, stride = p.x.stride[2];
   const S* x = (const S*)p.x.data + image * p.x.stride[0];
-  for (int64_t m = begin; m < end; ++m) {
-    if (next)
-      for (int64_t n = 2 * m; n < min64(2 * m + 2, p.tokens); ++n) prefetch_key(p, image + 1, n);
-    int64_t count = 1;
+  const auto collect = [&](Sources<S>& to, int64_t m) {
     const int64_t j = m - p.prefix, at = j < 0 ? m : s.pos_b[j];
-    rows[0] = x + at * p.x.stride[1];
-    M n = weights[0] = groups.size[at];
+    to.rows[0] = x + at * p.x.stride[1];
+    to.weights[0] = groups.size[at];
+    to.count = 1;
     if (j >= 0)
-      for (int32_t k = groups.start[j]; k < groups.start[j + 1]; ++k, ++count) {
+      for (int32_t k = groups.start[j]; k < groups.start[j + 1]; ++k, ++to.count) {
         const int64_t source = s.pos_a[groups.list[k]];
-        rows[count] = x + source * p.x.stride[1];
-        n += weights[count] = groups.size[source];
+        to.rows[to.count] = x + source * p.x.stride[1];
+        to.weights[to.count] = groups.size[source];
       }
+  };
+  if (begin < end) collect(sources[begin % 2], begin);
+  for (int64_t m = begin; m < end; ++m) {
+    const Sources<S>& now = sources[m % 2];
+    Sources<S>& next = sources[(m + 1) % 2];
+    next.count = 0;
+    if (m + 1 < end) collect(next, m + 1);
+    M n = 0;
+    for (int64_t k = 0; k < now.count; ++k) n += now.weights[k];
     ((M*)out.merged_size)[image * merged + m] = n;
     S* y = (S*)out.tokens + (image * merged + m) * p.dim;
     if (stride != 1) {
       for (int64_t d = 0; d < p.dim; ++d) {
         M sum = 0;
-        for (int64_t k = 0; k < count; ++k) sum += weights[k] * to_compute(rows[k][d * stride]);
+        for (int64_t k = 0; k < now.count; ++k) sum += now.weights[k] * to_compute(now.rows[k][d * stride]);
         from_compute(M(sum / n), y + d);
       }
     } else {
-      weighted_mean(y, rows, weights, count, n, p.dim, stream);
+      weighted_mean(y, now.rows, now.weights, now.count, n, p.dim, stream, next.rows, next.count);
     }
   }
 }
@@ -106,8 +121,7 @@ struct Forward : Scratch<Forward<S, T>> {
   struct Task {
     KeyScratch<T> key;
     T* tile;
-    const S** rows;
-    M* weights;
+    Sources<S> sources[2];
   };
 
   Forward(const Problem& problem, int64_t threads) : p(problem) {
@@ -123,8 +137,10 @@ struct Forward : Scratch<Forward<S, T>> {
   void plan_task(Arena& arena, Task& task) const {
     task.key.plan(arena, shared);
     task.tile = arena.take<T>(kScoreRows * Shared<T>::panel_cols);
-    task.rows = arena.take<const S*>(p.num_a + 1);
-    task.weights = arena.take<M>(p.num_a + 1);
+    for (Sources<S>& sources : task.sources) {
+      sources.rows = arena.take<const S*>(p.num_a + 1);
+      sources.weights = arena.take<M>(p.num_a + 1);
+    }
   }
 
   void plan_shared(Arena& arena) { shared.plan(arena, p, false); }
@@ -136,19 +152,17 @@ struct Forward : Scratch<Forward<S, T>> {
     plan(base);
     shared.fill(p);
     const int64_t merged = p.prefix + p.num_b, key_rows = p.num_a + p.num_b;
-    const int64_t key_bytes = p.heads * p.tokens * p.channels * size_of(p.key.dtype);
     const bool stream = p.batch * merged * p.dim * int64_t(sizeof(S)) >= kStreamBytes;
     if (by_image) {
       run_ranges(parallel, p.batch, tasks, [&](int64_t t, int64_t begin, int64_t end) {
-        const Task task = this->task_at(t);
+        Task task = this->task_at(t);
         const Image image = this->image_at(t);
         for (int64_t b = begin; b < end; ++b) {
           Ahead ahead = tokens_ahead(b);
           refine_keys(p, shared, image.keys, task.key, b, 0, key_rows, &ahead);
           match_rows(p, *out, shared, image.keys, task.tile, b, 0, p.num_a, &ahead);
           image.groups.fill(p, out->match, b);
-          merge_rows<S, T>(p, *out, shared, image.groups, task.rows, task.weights, b, 0, merged, stream,
-                           b + 1 < end && key_bytes <= kAheadBytes / 4);
+          merge_rows<S, T>(p, *out, shared, image.groups, task.sources, b, 0, merged, stream);
         }
       });
       return;
@@ -161,23 +175,24 @@ struct Forward : Scratch<Forward<S, T>> {
       match_rows(p, *out, shared, image.keys, task.tile, b, begin * lanes, min64(p.num_a, end * lanes), nullptr);
     });
     for (int64_t b = 0; b < p.batch; ++b) this->image_at(b).groups.fill(p, out->match, b);
-    over_rows(parallel, merged, [&](const Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
-      merge_rows<S, T>(p, *out, shared, image.groups, task.rows, task.weights, b, begin, end, stream, false);
+    over_rows(parallel, merged, [&](Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
+      merge_rows<S, T>(p, *out, shared, image.groups, task.sources, b, begin, end, stream);
     });
   }
 
   // The tokens of image b, as far as the second-level cache has room: merged next, fetched while scores are computed.
   Ahead tokens_ahead(int64_t b) const {
-    if (p.x.stride[2] != 1 || p.x.stride[1] != p.dim) return {};
-    const char* start = (const char*)((const S*)p.x.data + b * p.x.stride[0]);
-    return {start, start + min64(p.tokens * p.dim * int64_t(sizeof(S)), kAheadBytes)};
+    Ahead ahead;
+    if (p.x.stride[2] == 1)
+      ahead.add((const S*)p.x.data + b * p.x.stride[0], p.x.stride[1] * int64_t(sizeof(S)), p.dim * int64_t(sizeof(S)), p.tokens);
+    return ahead;
   }
 
   // The rows of all images, cut into one range a task.
   template <class F>
   void over_rows(const Parallel& parallel, int64_t rows, const F& f) {
     run_ranges(parallel, p.batch * rows, tasks, [&](int64_t t, int64_t begin, int64_t end) {
-      const Task task = this->task_at(t);
+      Task task = this->task_at(t);
       for (int64_t at = begin; at < end;) {
         const int64_t b = at / rows, stop = min64(end, (b + 1) * rows);
         f(task, this->image_at(b), b, at - b * rows, stop - b * rows);

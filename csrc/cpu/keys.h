@@ -7,10 +7,10 @@ namespace {
 // What all images share: positions of the two sets, and the refinement's weights in compute precision, padded.
 template <class T>
 struct Shared {
-  int64_t cp, hp, nap, nbp;  // C, h, N_A and N_B padded to whole vectors
-  int64_t *pos_a, *pos_b;    // (N_A), (N_B): index in the N tokens
-  T *down_t, *up_t;          // (C, hp), (h, cp): W_downᵀ, W_upᵀ
-  T *down, *up;              // (h, cp), (C, hp): backward only
+  int64_t cp, hp, nap;     // C, h and N_A padded to whole vectors
+  int64_t *pos_a, *pos_b;  // (N_A), (N_B): index in the N tokens
+  T *down_t, *up_t;        // (C, hp), (h, cp): W_downᵀ, W_upᵀ
+  T *down, *up;            // (h, cp), (C, hp): backward only
 
   static constexpr int64_t panel_cols = kTileVecs * kLanes<T>;
 
@@ -18,7 +18,6 @@ struct Shared {
     cp = round_up(p.channels, kLanes<T>);
     hp = round_up(p.hidden, kLanes<T>);
     nap = round_up(p.num_a, kLanes<T>);
-    nbp = round_up(p.num_b, kLanes<T>);
     pos_a = arena.take<int64_t>(p.num_a);
     pos_b = arena.take<int64_t>(p.num_b);
     down_t = arena.take<T>(p.channels * hp);
@@ -50,14 +49,14 @@ struct Shared {
 // One image's refined and normalised keys; sources and destinations are rows 0 .. N_A and N_A .. N_A + N_B of one list.
 template <class T>
 struct Keys {
-  T* turned;  // panels of (C, panel_cols): k̂_Aᵀ in the forward, k̂_Bᵀ in the backward
+  T* turned;  // k̂_Aᵀ, panels of (C, panel_cols)
   T* b;       // (N_B, cp)
   T* a;       // (N_A, cp), backward only, like what follows
   T* norm;    // (N_A + N_B)
   T* hidden;  // (N_A + N_B, hp), after ReLU and dropout mask
 
   void plan(Arena& arena, const Problem& p, const Shared<T>& s, bool backward) {
-    turned = arena.take<T>(round_up(backward ? p.num_b : p.num_a, s.panel_cols) * p.channels);
+    turned = arena.take<T>(round_up(p.num_a, s.panel_cols) * p.channels);
     b = arena.take<T>(p.num_b * s.cp);
     a = backward ? arena.take<T>(p.num_a * s.cp) : nullptr;
     norm = backward ? arena.take<T>(p.num_a + p.num_b) : nullptr;
@@ -82,38 +81,52 @@ inline int64_t position(const Problem& p, const Shared<T>& s, int64_t row) {
   return row < p.num_a ? s.pos_a[row] : s.pos_b[row - p.num_a];
 }
 
-// Σ over heads of contiguous keys, `head` elements apart, and divided by their number.
+// Σ over heads of contiguous keys, `head` elements apart, and divided by their number. Memory is read in the order in which heads
+// lie, and that of `ahead`, the heads of a later token, is fetched at the same pace: more requests at once would be dropped.
 template <class S>
-void average_heads(Compute<S>* out, const S* key, int64_t head, int64_t heads, int64_t channels) {
+void average_heads(Compute<S>* out, const S* key, const S* ahead, int64_t head, int64_t heads, int64_t channels) {
   using T = Compute<S>;
-  constexpr int lanes = kLanes<T>;
+  constexpr int lanes = kLanes<T>, most = 8;
   int64_t c = 0;
-  for (; c + lanes <= channels; c += lanes) {
-    Vec<T> sum = load(key + c);
-    for (int64_t h = 1; h < heads; ++h) sum += load(key + h * head + c);
-    store(out + c, sum / T(heads));
+  for (; c + lanes <= channels; c += most * lanes) {
+    const int64_t vectors = min64(most, (channels - c) / lanes);
+    Vec<T> sums[most];
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t at = h * head + c;
+      prefetch_lines(ahead + at, vectors * lanes * int64_t(sizeof(S)));
+      if (vectors == most) {
+#pragma GCC unroll 8
+        for (int v = 0; v < most; ++v) sums[v] = h ? sums[v] + load(key + at + v * lanes) : load(key + at + v * lanes);
+      } else {
+        for (int64_t v = 0; v < vectors; ++v) sums[v] = h ? sums[v] + load(key + at + v * lanes) : load(key + at + v * lanes);
+      }
+    }
+    for (int64_t v = 0; v < vectors; ++v) store(out + c + v * lanes, sums[v] / T(heads));
   }
-  for (; c < channels; ++c) {
+  for (c = channels / lanes * lanes; c < channels; ++c) {
     T sum = to_compute(key[c]);
     for (int64_t h = 1; h < heads; ++h) sum += to_compute(key[h * head + c]);
     out[c] = sum / T(heads);
   }
 }
 
-// The key of token n, averaged over heads, zero-padded to cp.
+// The key of token n, averaged over heads, zero-padded to cp; meanwhile that of token `ahead` is fetched.
 template <class T>
-void read_key(T* out, T* row, const Problem& p, int64_t cp, int64_t image, int64_t n) {
+void read_key(T* out, T* row, const Problem& p, int64_t cp, int64_t image, int64_t n, int64_t ahead) {
   constexpr int lanes = kLanes<T>;
   const View& v = p.key;
   int64_t offset = image * v.stride[0] + n * v.stride[2];
+  const auto average = [&](auto* key) {
+    average_heads(out, key + offset, key + offset + (ahead - n) * v.stride[2], v.stride[1], p.heads, p.channels);
+  };
   for (int64_t c = p.channels; c < cp; ++c) out[c] = 0;
   if (v.stride[3] == 1 && p.heads > 1) {
     if constexpr (sizeof(T) == 4) {
-      if (v.dtype == DType::f32) return average_heads(out, (const float*)v.data + offset, v.stride[1], p.heads, p.channels);
-      if (v.dtype == DType::bf16) return average_heads(out, (const bf16*)v.data + offset, v.stride[1], p.heads, p.channels);
-      if (v.dtype == DType::f16) return average_heads(out, (const f16*)v.data + offset, v.stride[1], p.heads, p.channels);
+      if (v.dtype == DType::f32) return average((const float*)v.data);
+      if (v.dtype == DType::bf16) return average((const bf16*)v.data);
+      if (v.dtype == DType::f16) return average((const f16*)v.data);
     } else {
-      if (v.dtype == DType::f64) return average_heads(out, (const double*)v.data + offset, v.stride[1], p.heads, p.channels);
+      if (v.dtype == DType::f64) return average((const double*)v.data);
     }
   }
   read_any(out, v, offset, v.stride[3], p.channels);
@@ -129,20 +142,11 @@ void read_key(T* out, T* row, const Problem& p, int64_t cp, int64_t image, int64
 
 // Column `at` of the panels. Whole vectors are multiplied later: behind the last key there must be numbers.
 template <class T>
-void turn_key(const Problem& p, const Shared<T>& s, T* turned, const T* key, int64_t at, int64_t count, int64_t padded) {
-  for (int64_t column = at; column < (at == count - 1 ? padded : at + 1); ++column) {
+void turn_key(const Problem& p, const Shared<T>& s, T* turned, const T* key, int64_t at) {
+  for (int64_t column = at; column < (at == p.num_a - 1 ? s.nap : at + 1); ++column) {
     T* panel = turned + column / s.panel_cols * s.panel_cols * p.channels + column % s.panel_cols;
     for (int64_t c = 0; c < p.channels; ++c) panel[c * s.panel_cols] = column == at ? key[c] : T(0);
   }
-}
-
-// Starts fetching the key of token n into the second-level cache.
-inline void prefetch_key(const Problem& p, int64_t image, int64_t n) {
-  if (p.key.stride[3] != 1) return;
-  const int64_t bytes = size_of(p.key.dtype);
-  const char* row = (const char*)p.key.data + (image * p.key.stride[0] + n * p.key.stride[2]) * bytes;
-  for (int64_t h = 0; h < p.heads; ++h, row += p.key.stride[1] * bytes)
-    for (int64_t at = 0; at < p.channels * bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
 }
 
 // Divides `rows` keys by their norms, as many at once as a vector has lanes; norms below 1e-12 count as 1e-12.
@@ -176,13 +180,12 @@ void refine_keys(const Problem& p, const Shared<T>& s, const Keys<T>& keys, cons
   for (int64_t r0 = begin; r0 < end; r0 += kKeyRows) {
     const int64_t rows = min64(kKeyRows, end - r0);
     for (int64_t r = 0; r < rows; ++r) {
-      if (r0 + r + kKeyAhead < end) prefetch_key(p, image, position(p, s, r0 + r + kKeyAhead));
-      read_key(t.key + r * s.cp, t.row, p, s.cp, image, position(p, s, r0 + r));
-      if (const char* fetch = ahead ? ahead->take(768) : nullptr) prefetch_lines(fetch, 12);
+      const int64_t ahead = position(p, s, min64(r0 + r + kKeyAhead, end - 1));
+      read_key(t.key + r * s.cp, t.row, p, s.cp, image, position(p, s, r0 + r), ahead);
     }
     if (p.hidden) {
       T* hidden = keys.hidden ? keys.hidden + r0 * s.hp : t.hidden;
-      matmul(rows, s.hp, p.channels, t.key, s.cp, int64_t(1), s.down_t, s.hp, hidden, s.hp, false);
+      matmul(rows, s.hp, p.channels, t.key, s.cp, int64_t(1), s.down_t, s.hp, hidden, s.hp, false, ahead);
       for (int64_t i = 0; i < rows * s.hp; i += lanes) {
         const Vec<T> v = load(hidden + i);
         store(hidden + i, v < T(0) ? Vec<T>{} : v);  // NaN passes
@@ -192,7 +195,7 @@ void refine_keys(const Problem& p, const Shared<T>& s, const Keys<T>& keys, cons
           read_any(t.row, mask, image * mask.stride[0] + position(p, s, r0 + r) * mask.stride[1], mask.stride[2], p.hidden);
           for (int64_t h = 0; h < p.hidden; ++h) hidden[r * s.hp + h] *= t.row[h];
         }
-      matmul(rows, s.cp, p.hidden, hidden, s.hp, int64_t(1), s.up_t, s.cp, t.delta, s.cp, false);
+      matmul(rows, s.cp, p.hidden, hidden, s.hp, int64_t(1), s.up_t, s.cp, t.delta, s.cp, false, ahead);
       for (int64_t i = 0; i < rows * s.cp; i += lanes) store(t.key + i, load(t.key + i) + load(t.delta + i) * T(p.scale));
     }
     if (const View& delta = p.key_delta; delta.data)
@@ -206,11 +209,9 @@ void refine_keys(const Problem& p, const Shared<T>& s, const Keys<T>& keys, cons
       const int64_t row = r0 + r, j = row - p.num_a;
       if (j >= 0) {
         memcpy(keys.b + j * s.cp, k, size_t(s.cp) * sizeof(T));
-        if (keys.a) turn_key(p, s, keys.turned, k, j, p.num_b, s.nbp);
-      } else if (keys.a) {
-        memcpy(keys.a + row * s.cp, k, size_t(s.cp) * sizeof(T));
       } else {
-        turn_key(p, s, keys.turned, k, row, p.num_a, s.nap);
+        turn_key(p, s, keys.turned, k, row);
+        if (keys.a) memcpy(keys.a + row * s.cp, k, size_t(s.cp) * sizeof(T));
       }
     }
   }
@@ -227,8 +228,7 @@ void average_heads_of(const Problem& p, T* out, const Parallel& parallel, char* 
   run_ranges(parallel, rows, threads, [&](int64_t t, int64_t begin, int64_t end) {
     T* row = (T*)(base + t * 2 * (p.channels + 64) * 8);
     for (int64_t r = begin; r < end; ++r) {
-      if (r + kKeyAhead < end) prefetch_key(p, (r + kKeyAhead) / p.tokens, (r + kKeyAhead) % p.tokens);
-      read_key(row, row + cp, p, cp, r / p.tokens, r % p.tokens);
+      read_key(row, row + cp, p, cp, r / p.tokens, r % p.tokens, min64(r % p.tokens + kKeyAhead, p.tokens - 1));
       memcpy(out + r * p.channels, row, size_t(p.channels) * sizeof(T));
     }
   });

@@ -6,14 +6,14 @@ namespace {
 
 constexpr int64_t kKeyRows = 48;                    // rows of the key path that are refined at once
 constexpr int64_t kScoreRows = 24;                  // destinations whose scores are ranked at once
-constexpr int64_t kPairRows = 32, kPairCols = 128;  // a tile of dM and ds in the backward
+constexpr int64_t kPairRows = 48, kPairCols = 128;  // a tile of dM and ds in the backward: destinations, sources
+constexpr int64_t kPairDepth = 256;                 // elements of x and G that are multiplied at once
 constexpr int64_t kMaxChunks = 16;                  // of sources, each with its own partial sum of dk̂_B
 constexpr int64_t kMaxGroups = 256;                 // of images, each with its own partial sum of the weight gradients
 constexpr int64_t kSerialWork = 1 << 16;            // multiply-adds below which a second thread costs more than it saves
 
 constexpr int64_t kStreamBytes = 16 << 20;  // outputs from this size on are written past the caches
-constexpr int64_t kKeyAhead = 16;           // rows between fetching a key and using it
-constexpr int64_t kAheadBytes = 640 << 10;  // fetched ahead of use: most of a second-level cache
+constexpr int64_t kKeyAhead = 4;            // rows between fetching a key and using it
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

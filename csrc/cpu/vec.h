@@ -107,6 +107,7 @@ struct IndicesTo<0, I...> {
 
 inline float to_compute(float v) { return v; }
 inline double to_compute(double v) { return v; }
+inline uint32_t to_compute(uint32_t v) { return v; }  // a pair of bfloat16
 inline float to_compute(bf16 v) { return bit_copy<float>(uint32_t(v.bits) << 16); }
 inline float to_compute(f16 v) {
   const uint32_t sign = uint32_t(v.bits & 0x8000u) << 16, exponent = (v.bits >> 10) & 31u, fraction = v.bits & 1023u;
@@ -141,6 +142,7 @@ inline void from_compute(float v, f16* out) {
 
 inline Vec<float> load(const float* p) { return load_bytes<Vec<float>>(p); }
 inline Vec<double> load(const double* p) { return load_bytes<Vec<double>>(p); }
+inline Vec<uint32_t> load(const uint32_t* p) { return load_bytes<Vec<uint32_t>>(p); }
 inline Vec<float> load(const bf16* p) {
   return bit_copy<Vec<float>>(__builtin_convertvector(load_bytes<U16Half>(p), Vec<uint32_t>) << 16);
 }
@@ -160,6 +162,7 @@ inline Vec<float> load(const f16* p) {
 
 inline void store(float* p, Vec<float> v) { store_bytes(p, v); }
 inline void store(double* p, Vec<double> v) { store_bytes(p, v); }
+inline void store(uint32_t* p, Vec<uint32_t> v) { store_bytes(p, v); }
 inline void store(bf16* p, Vec<float> v) {
   const Vec<uint32_t> bits = bit_copy<Vec<uint32_t>>(v);
   const Vec<uint32_t> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -207,6 +210,26 @@ __attribute__((always_inline)) inline void sum_each(Vec<T>* v) {
 #pragma GCC unroll 16
   for (int i = 0; i < Half; ++i) v[i] = fold<T, Half>(v[2 * i], v[2 * i + 1], typename IndicesTo<kLanes<T>>::type{});
   if constexpr (Half > 1) sum_each<T, Half / 2>(v);
+}
+
+// One level of a transposition: of a and b, whose blocks of Half elements change places, the low or the high half.
+template <class T, int Half, int High, int... I>
+inline Vec<T> exchange(Vec<T> a, Vec<T> b, Indices<I...>) {
+  return __builtin_shufflevector(a, b, (I / (2 * Half) * (2 * Half) + I % Half + High * Half + I / Half % 2 * kLanes<T>)...);
+}
+
+// v, kLanes vectors, becomes its transpose.
+template <class T, int Half = 1>
+__attribute__((always_inline)) inline void transpose(Vec<T>* v) {
+  using All = typename IndicesTo<kLanes<T>>::type;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i)
+    if (!(i & Half)) {
+      const Vec<T> low = exchange<T, Half, 0>(v[i], v[i + Half], All{}), high = exchange<T, Half, 1>(v[i], v[i + Half], All{});
+      v[i] = low;
+      v[i + Half] = high;
+    }
+  if constexpr (2 * Half < kLanes<T>) transpose<T, 2 * Half>(v);
 }
 
 // e^z for z <= 0, to 2 units in the last place; NaN stays NaN.
