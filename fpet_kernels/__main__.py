@@ -153,9 +153,10 @@ def _build_lines(build: dict[str, Any]) -> list[str]:
     if "reason" in cuda:
         lines.append("CUDA        not built: " + cuda["reason"].replace("\n", "\n" + 14 * " "))
     if facts := build["library"]:
+        in_use = facts.get("cpu_isa_refused") or f"{facts['cpu_isa_in_use']} in use"
         lines += [
             f"compiler    {facts['compiler']}, C++ {facts['cxx_standard']}, {' '.join(facts['flags'])}",
-            f"ISA         {facts['cpu_isa_in_use']} in use; compiled: {', '.join(facts['cpu_isas_compiled'])}",
+            f"ISA         {in_use}; compiled: {', '.join(facts['cpu_isas_compiled'])}",
         ]
     return lines
 

@@ -75,7 +75,8 @@ def _ask_cuda(question: str, *arguments: int) -> dict[str, Any]:
 
 
 def cpu_facts() -> dict[str, Any]:
-    """The CPU library's ``compiler``, ``flags``, ``cxx_standard``, ``cpu_isas_compiled`` (best first) and ``cpu_isa_in_use``.
+    """The CPU library's ``compiler``, ``flags``, ``cxx_standard``, ``cpu_isas_compiled`` (best first), ``cpu_isa_in_use`` and
+    ``cpu_isa_refused``: why FPET_CPU_ISA can't be followed, if it can't.
 
     Empty without it, or where it is of an older build that can't tell.
     """

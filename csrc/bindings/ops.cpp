@@ -4,6 +4,9 @@
 #include <sys/mman.h>
 #endif
 
+#include <atomic>
+#include <chrono>
+
 #include "common.h"
 
 namespace {
@@ -24,6 +27,64 @@ void advise_huge_pages(void* data, int64_t bytes) {
 
 constexpr int64_t kHugeBytes = 8 << 20;
 
+// PyTorch's threads. A region of theirs ends when the last of them has come and gone. Where other processes keep the cores busy, one
+// that gets no core holds a small call up for a hundred times as long as it takes. So after a small call that was held up, the next
+// ones stay on the caller's thread: more of them each time that the other threads were tried again and held it up again.
+class Threads {
+ public:
+  // For a call that reads so many elements.
+  static fpet::Parallel for_call(int64_t elements) {
+    fpet::Parallel parallel;
+    const bool small = elements <= kSmallElements;
+    if (small && alone().load(std::memory_order_relaxed) > 0 && alone().fetch_sub(1, std::memory_order_relaxed) > 0)
+      return parallel;
+    parallel.threads = torch::stable::get_num_threads();
+    parallel.run = small ? run_small : run;
+    return parallel;
+  }
+
+ private:
+  static constexpr int64_t kSmallElements = 1 << 20;
+  static constexpr int64_t kLeastAlone = 16, kMostAlone = 1024;  // calls
+  static constexpr std::chrono::microseconds kHeldUp{200};       // far above the time that threads with a core take to come
+  static std::atomic<int64_t>& alone() {
+    static std::atomic<int64_t> calls{0};
+    return calls;
+  }
+
+  static void run(void*, int64_t count, void (*body)(void*, int64_t), void* context) {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) body(context, task);
+    });
+  }
+
+  static void run_small(void* pool, int64_t count, void (*body)(void*, int64_t), void* context) {
+    using Clock = std::chrono::steady_clock;
+    struct Timed {
+      void (*body)(void*, int64_t);
+      void* context;
+      Clock::time_point done;
+    } timed{body, context, Clock::now()};
+    const Clock::time_point begin = timed.done;
+    run(
+        pool, count,
+        [](void* of, int64_t task) {
+          Timed& t = *static_cast<Timed*>(of);
+          t.body(t.context, task);
+          if (task == 0) t.done = Clock::now();  // the caller's own task
+        },
+        &timed);
+    static std::atomic<int64_t> next{kLeastAlone};
+    if (Clock::now() - timed.done < std::max<Clock::duration>(kHeldUp, timed.done - begin)) {
+      next.store(kLeastAlone, std::memory_order_relaxed);
+      return;
+    }
+    const int64_t calls = next.load(std::memory_order_relaxed);
+    alone().store(calls, std::memory_order_relaxed);
+    next.store(std::min(2 * calls, kMostAlone), std::memory_order_relaxed);
+  }
+};
+
 class CpuKernels {
  public:
   CpuKernels(const Tensor&, const char*) {}
@@ -40,23 +101,27 @@ class CpuKernels {
   }
 
   void forward(const fpet::Problem& p, const fpet::ForwardOutputs& out) const {
+    const fpet::Parallel threads = Threads::for_call(p.batch * p.tokens * p.dim);
     const Workspace workspace(*this, fpet::cpu_forward_workspace(p, threads.threads));
     fpet::cpu_forward(p, out, threads, workspace.data);
   }
 
   void backward(const fpet::Problem& p, const fpet::BackwardInputs& in, const fpet::BackwardOutputs& out) const {
+    const fpet::Parallel threads = Threads::for_call(p.batch * p.tokens * p.dim);
     const Workspace workspace(*this, fpet::cpu_backward_workspace(p, out, threads.threads));
     fpet::cpu_backward(p, in, out, threads, workspace.data);
   }
 
   void average_heads(const fpet::Problem& p, void* out) const {
+    const fpet::Parallel threads = Threads::for_call(p.batch * p.heads * p.tokens * p.channels);
     const Workspace workspace(*this, fpet::cpu_average_heads_workspace(p, threads.threads));
     fpet::cpu_average_heads(p, out, threads, workspace.data);
   }
 
-  void unmerge(const fpet::UnmergeProblem& p) const { fpet::cpu_unmerge(p, threads); }
+  void unmerge(const fpet::UnmergeProblem& p) const { fpet::cpu_unmerge(p, Threads::for_call(elements(p))); }
 
   void unmerge_backward(const fpet::UnmergeProblem& p) const {
+    const fpet::Parallel threads = Threads::for_call(elements(p));
     const Workspace workspace(*this, fpet::cpu_unmerge_backward_workspace(p, threads.threads));
     fpet::cpu_unmerge_backward(p, threads, workspace.data);
   }
@@ -74,18 +139,7 @@ class CpuKernels {
     void* data;
   };
 
-  static fpet::Parallel torch_threads() {
-    fpet::Parallel parallel;
-    parallel.threads = torch::stable::get_num_threads();
-    parallel.run = [](void*, int64_t count, void (*body)(void*, int64_t), void* context) {
-      torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) body(context, task);
-      });
-    };
-    return parallel;
-  }
-
-  const fpet::Parallel threads = torch_threads();
+  static int64_t elements(const fpet::UnmergeProblem& p) { return p.batch * (p.prefix + p.num_a + p.num_b) * p.dim; }
 };
 
 }  // namespace

@@ -40,7 +40,8 @@ struct Backward : Scratch<Backward<S, T>> {
     by_image = tasks == 1 || p.batch >= 2 * tasks || p.batch > kMaxGroups;
     stream = p.batch * p.tokens * p.dim * int64_t(sizeof(S)) >= kStreamBytes;
     chunks = max64(1, min64(kMaxChunks, min64(ceil_div(p.num_a, 28), ceil_div(p.num_a, kLanes<M>))));
-    pair_cols = max64(min64(kPairCols, round_up(p.num_a, kLanes<M>)), ceil_div(ceil_div(p.num_a, kLanes<M>), chunks) * kLanes<M>);
+    pair_cols =
+        max64(min64(kPairCols, round_up(p.num_a, kLanes<M>)), ceil_div(ceil_div(p.num_a, kLanes<M>), chunks) * kLanes<M>);
     row_chunks = ceil_div(p.num_a + p.num_b, kKeyRows);
     group_images = max64(1, ceil_div(p.batch, kMaxGroups));
     groups = ceil_div(p.batch, group_images);
@@ -229,7 +230,8 @@ struct Backward : Scratch<Backward<S, T>> {
 
   // dk̂ of the sources of the chunks [first, last), and their shares of dk̂_B: summed up, or each by itself. As many chunks at once
   // as a tile has columns, and at least one, so that their sums are the same however chunks are handed out.
-  void pair_chunks(const Task& task, const Image& image, int64_t b, int64_t first, int64_t last, bool by_itself, Ahead* ahead) const {
+  void pair_chunks(const Task& task, const Image& image, int64_t b, int64_t first, int64_t last, bool by_itself,
+                   Ahead* ahead) const {
     const int64_t cp = shared.cp;
     if (!p.num_a) memset(image.grad_b, 0, size_t(p.num_b * cp) * sizeof(T));
     for (int64_t next; first < last; first = next) {
@@ -252,8 +254,8 @@ struct Backward : Scratch<Backward<S, T>> {
         for (int64_t c = first; c < next; ++c) {
           const int64_t begin = chunk_begin(c);
           T* part = image.grad_b + ((by_itself ? c * p.num_b : 0) + j0) * cp;
-          matmul(rows, cp, chunk_begin(c + 1) - begin, task.scores + begin - i0, pair_cols, int64_t(1), image.keys.a + begin * cp,
-                 cp, part, cp, !by_itself && c > 0);
+          matmul(rows, cp, chunk_begin(c + 1) - begin, task.scores + begin - i0, pair_cols, int64_t(1),
+                 image.keys.a + begin * cp, cp, part, cp, !by_itself && c > 0);
         }
       }
       memcpy(image.row_sums + i0, task.sums, size_t(cols) * sizeof(T));
@@ -342,6 +344,71 @@ struct Backward : Scratch<Backward<S, T>> {
     }
   }
 
+  void run(const BackwardInputs& inputs, const Parallel& parallel, char* base) {
+    in = &inputs;
+    in_stride_g = inputs.grad_tokens.stride[2];
+    if (p.dim == 1) in_stride_g = 1;
+    plan(base);
+    shared.fill(p);
+    const int64_t merged = p.prefix + p.num_b;
+    if (weights) memset(group_weights, 0, size_t(groups * weight_size) * sizeof(T));
+    if (by_image) {
+      const int64_t runs = min64(groups, tasks == 1 ? 1 : tasks * kRuns);
+      const int64_t items[] = {runs, weights ? ceil_div(p.channels + p.hidden, kWeightRows) : 0};
+      run_phases(
+          parallel, tasks, items,
+          [&](int phase, int64_t t, int64_t item) {
+            const Task task = this->task_at(t);
+            if (phase == 1) return write_weights(task, item);
+            const int64_t end = min64(p.batch, groups * (item + 1) / runs * group_images);
+            for (int64_t b = groups * item / runs * group_images; b < end; ++b)
+              whole_image(task, this->image_at(t), b, b + 1 < end);
+          },
+          [](int) {});
+      return;
+    }
+    for (int64_t b = 0; b < p.batch; ++b) prepare_image(this->image_at(b), b);
+    // Of every image: its keys and merged tokens, its chunks of sources, its keys again.
+    const int64_t keys = key_path ? row_chunks : 0,
+                  pieces[] = {keys + ceil_div(merged, kMergeRows), key_path ? chunks : 0, keys};
+    const int64_t items[] = {p.batch * pieces[0], p.batch * pieces[1], p.batch * pieces[2]};
+    run_phases(
+        parallel, tasks, items,
+        [&](int phase, int64_t t, int64_t item) {
+          const Task task = this->task_at(t);
+          const int64_t b = item / pieces[phase], piece = item % pieces[phase];
+          const Image image = this->image_at(b);
+          if (phase == 2) return key_chunk(task, image, b, piece, chunks, image.grad_weights + piece * weight_size);
+          if (phase == 1) return pair_chunks(task, image, b, piece, piece + 1, true, nullptr);
+          if (piece < keys) {
+            refine_keys(p, shared, image.keys, task.key, b, piece * kKeyRows, min64(p.num_a + p.num_b, (piece + 1) * kKeyRows));
+          } else {
+            const int64_t begin = (piece - keys) * kMergeRows;
+            values(task, image, b, begin, min64(merged, begin + kMergeRows));
+          }
+        },
+        [](int) {});
+    if (!weights) return;
+    for (int64_t b = 0; b < p.batch; ++b)
+      for (int64_t c = 0; c < row_chunks; ++c)
+        add_to(group_weights + b * weight_size, this->image_at(b).grad_weights + c * weight_size, weight_size);
+    for (int64_t c = 0; c * kWeightRows < p.channels + p.hidden; ++c) write_weights(this->task_at(0), c);
+  }
+
+  // All of one image; meanwhile what the next one begins with is fetched.
+  void whole_image(const Task& task, const Image& image, int64_t b, bool next) const {
+    prepare_image(image, b);
+    values(task, image, b, 0, p.prefix + p.num_b);
+    if (!key_path) return;
+    refine_keys(p, shared, image.keys, task.key, b, 0, p.num_a + p.num_b);
+    Ahead ahead = next ? tokens_ahead(b + 1) : Ahead{};
+    pair_chunks(task, image, b, 0, chunks, false, &ahead);
+    for (int64_t c = 0; c < row_chunks; ++c) {
+      key_chunk(task, image, b, c, 1, image.grad_weights);
+      if (weights) add_to(group_weights + b / group_images * weight_size, image.grad_weights, weight_size);
+    }
+  }
+
   // What image b begins with: its gradient, its merged tokens and its sources.
   Ahead tokens_ahead(int64_t b) const {
     Ahead ahead;
@@ -359,81 +426,20 @@ struct Backward : Scratch<Backward<S, T>> {
     for (int64_t i = 0; i < n; i += kLanes<T>) store(sum + i, load(sum + i) + load(part + i));
   }
 
-  void run(const BackwardInputs& inputs, const Parallel& parallel, char* base) {
-    in = &inputs;
-    in_stride_g = inputs.grad_tokens.stride[2];
-    if (p.dim == 1) in_stride_g = 1;
-    plan(base);
-    shared.fill(p);
-    const int64_t merged = p.prefix + p.num_b;
-    if (weights) memset(group_weights, 0, size_t(groups * weight_size) * sizeof(T));
-    if (by_image) {
-      run_ranges(parallel, groups, tasks, [&](int64_t t, int64_t first, int64_t last) {
-        const Task task = this->task_at(t);
-        const Image image = this->image_at(t);
-        for (int64_t b = first * group_images; b < min64(p.batch, last * group_images); ++b) {
-          prepare_image(image, b);
-          values(task, image, b, 0, merged);
-          if (!key_path) continue;
-          refine_keys(p, shared, image.keys, task.key, b, 0, p.num_a + p.num_b);
-          Ahead ahead = b + 1 < min64(p.batch, last * group_images) ? tokens_ahead(b + 1) : Ahead{};
-          pair_chunks(task, image, b, 0, chunks, false, &ahead);
-          for (int64_t c = 0; c < row_chunks; ++c) {
-            key_chunk(task, image, b, c, 1, image.grad_weights);
-            if (weights) add_to(group_weights + b / group_images * weight_size, image.grad_weights, weight_size);
-          }
-        }
-      });
-    } else {
-      run_ranges(parallel, p.batch, tasks, [&](int64_t, int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) prepare_image(this->image_at(b), b);
-      });
-      over_items(parallel, merged,
-                 [&](const Task& task, const Image& image, int64_t b, int64_t m) { values(task, image, b, m, m + 1); });
-      if (!key_path) return;
-      over_items(parallel, row_chunks, [&](const Task& task, const Image& image, int64_t b, int64_t c) {
-        refine_keys(p, shared, image.keys, task.key, b, c * kKeyRows, min64(p.num_a + p.num_b, (c + 1) * kKeyRows));
-      });
-      over_items(parallel, chunks, [&](const Task& task, const Image& image, int64_t b, int64_t c) {
-        pair_chunks(task, image, b, c, c + 1, true, nullptr);
-      });
-      over_items(parallel, row_chunks, [&](const Task& task, const Image& image, int64_t b, int64_t c) {
-        key_chunk(task, image, b, c, chunks, image.grad_weights + c * weight_size);
-      });
-      if (weights)
-        for (int64_t b = 0; b < p.batch; ++b)
-          for (int64_t c = 0; c < row_chunks; ++c)
-            add_to(group_weights + b * weight_size, this->image_at(b).grad_weights + c * weight_size, weight_size);
+  // kWeightRows rows of the weight gradients, W_up's before W_down's, summed over groups.
+  void write_weights(const Task& task, int64_t chunk) const {
+    const int64_t cp = shared.cp, hp = shared.hp, begin = chunk * kWeightRows;
+    for (int64_t r = begin; r < min64(begin + kWeightRows, p.channels + p.hidden); ++r) {
+      const bool is_up = r < p.channels;
+      const int64_t row = is_up ? r : r - p.channels, padded = is_up ? hp : cp, width = is_up ? p.hidden : p.channels;
+      const T* part = group_weights + (is_up ? row * hp : p.channels * hp + row * cp);
+      for (int64_t c = 0; c < padded; c += kLanes<T>) {
+        Vec<T> total{};
+        for (int64_t g = 0; g < groups; ++g) total += load(part + g * weight_size + c);
+        store(task.grad + c, is_up ? total * T(p.scale) : total);
+      }
+      write_any(is_up ? out.w_up : out.w_down, out.weight_dtype, row * width, task.grad, width);
     }
-    if (weights) write_weights(parallel);
-  }
-
-  void write_weights(const Parallel& parallel) {
-    const int64_t cp = shared.cp, hp = shared.hp;
-    run_ranges(parallel, p.channels + p.hidden, groups * weight_size < kSerialWork ? 1 : tasks,
-               [&](int64_t t, int64_t begin, int64_t end) {
-                 T* sum = this->task_at(t).grad;
-                 for (int64_t r = begin; r < end; ++r) {
-                   const bool is_up = r < p.channels;
-                   const int64_t row = is_up ? r : r - p.channels, padded = is_up ? hp : cp;
-                   const T* part = group_weights + (is_up ? row * hp : p.channels * hp + row * cp);
-                   for (int64_t c = 0; c < padded; c += kLanes<T>) {
-                     Vec<T> total{};
-                     for (int64_t g = 0; g < groups; ++g) total += load(part + g * weight_size + c);
-                     store(sum + c, is_up ? total * T(p.scale) : total);
-                   }
-                   const int64_t width = is_up ? p.hidden : p.channels;
-                   write_any(is_up ? out.w_up : out.w_down, out.weight_dtype, row * width, sum, width);
-                 }
-               });
-  }
-
-  template <class F>
-  void over_items(const Parallel& parallel, int64_t items, const F& f) {
-    run_ranges(parallel, p.batch * items, tasks, [&](int64_t t, int64_t begin, int64_t end) {
-      const Task task = this->task_at(t);
-      for (int64_t at = begin; at < end; ++at) f(task, this->image_at(at / items), at / items, at % items);
-    });
   }
 };
 

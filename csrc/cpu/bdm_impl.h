@@ -8,6 +8,7 @@
 
 #include "ahead.h"
 #include "blocks.h"
+#include "tasks.h"
 #include "scratch.h"
 #include "lists.h"
 #include "keys.h"

@@ -1,6 +1,8 @@
 // Chooses the instruction set once, at the first call.
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 
@@ -45,13 +47,16 @@ const Isa kIsas[] = {
 
 const Isa& choose() {
   const char* wanted = std::getenv("FPET_CPU_ISA");
-  const Isa* best = nullptr;
+  std::string here;  // all that run on this machine
+  bool known = false;
   for (const Isa& isa : kIsas) {
-    if (!isa.runs_here()) continue;
-    if (!best) best = &isa;
-    if (wanted && std::strcmp(wanted, isa.name) == 0) return isa;
+    const bool is_wanted = wanted && std::strcmp(wanted, isa.name) == 0, runs = isa.runs_here();
+    if (runs && (is_wanted || !wanted || !*wanted)) return isa;
+    known |= is_wanted;
+    if (runs) here += (here.empty() ? "" : ", ") + std::string(isa.name);
   }
-  return *best;
+  throw std::runtime_error("FPET_CPU_ISA: expected one of " + here + ", or nothing; got " + wanted +
+                           (known ? ", which this machine does not have" : ""));
 }
 
 const Isa& isa() {

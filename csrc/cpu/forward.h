@@ -127,7 +127,7 @@ struct Forward : Scratch<Forward<S, T>> {
   Forward(const Problem& problem, int64_t threads) : p(problem) {
     const int64_t work = p.batch * (p.tokens * p.dim + p.num_a * p.num_b * p.channels);
     tasks = work < kSerialWork ? 1 : threads;
-    by_image = tasks == 1 || p.batch >= 2 * tasks;
+    by_image = tasks == 1 || p.batch >= 2 * tasks || p.num_a == 0;
   }
 
   void plan_image(Arena& arena, Image& image) const {
@@ -153,52 +153,54 @@ struct Forward : Scratch<Forward<S, T>> {
     shared.fill(p);
     const int64_t merged = p.prefix + p.num_b, key_rows = p.num_a + p.num_b;
     const bool stream = p.batch * merged * p.dim * int64_t(sizeof(S)) >= kStreamBytes;
+    const auto groups = [&](const Image& image, int64_t b) { image.groups.fill(p, out->match, b); };
     if (by_image) {
-      run_ranges(parallel, p.batch, tasks, [&](int64_t t, int64_t begin, int64_t end) {
-        Task task = this->task_at(t);
-        const Image image = this->image_at(t);
-        for (int64_t b = begin; b < end; ++b) {
-          Ahead ahead = tokens_ahead(b);
-          refine_keys(p, shared, image.keys, task.key, b, 0, key_rows, &ahead);
-          match_rows(p, *out, shared, image.keys, task.tile, b, 0, p.num_a, &ahead);
-          image.groups.fill(p, out->match, b);
-          merge_rows<S, T>(p, *out, shared, image.groups, task.sources, b, 0, merged, stream);
-        }
-      });
+      const int64_t runs[] = {min64(p.batch, tasks == 1 ? 1 : tasks * kRuns)};
+      run_phases(
+          parallel, tasks, runs,
+          [&](int, int64_t t, int64_t run) {
+            Task task = this->task_at(t);
+            const Image image = this->image_at(t);
+            for (int64_t b = p.batch * run / runs[0]; b < p.batch * (run + 1) / runs[0]; ++b) {
+              Ahead ahead = tokens_ahead(b);
+              refine_keys(p, shared, image.keys, task.key, b, 0, key_rows, &ahead);
+              match_rows(p, *out, shared, image.keys, task.tile, b, 0, p.num_a, &ahead);
+              groups(image, b);
+              merge_rows<S, T>(p, *out, shared, image.groups, task.sources, b, 0, merged, stream);
+            }
+          },
+          [](int) {});
       return;
     }
-    over_rows(parallel, key_rows, [&](const Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
-      refine_keys(p, shared, image.keys, task.key, b, begin, end);
-    });
-    constexpr int64_t lanes = kLanes<T>;
-    over_rows(parallel, shared.nap / lanes, [&](const Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
-      match_rows(p, *out, shared, image.keys, task.tile, b, begin * lanes, min64(p.num_a, end * lanes), nullptr);
-    });
-    for (int64_t b = 0; b < p.batch; ++b) this->image_at(b).groups.fill(p, out->match, b);
-    over_rows(parallel, merged, [&](Task& task, const Image& image, int64_t b, int64_t begin, int64_t end) {
-      merge_rows<S, T>(p, *out, shared, image.groups, task.sources, b, begin, end, stream);
-    });
+    // Of every image: pieces of its keys, of its sources, of its merged tokens.
+    constexpr int64_t lanes = kLanes<T>, panel = Shared<T>::panel_cols;
+    const int64_t length[] = {kKeyRows / 2, p.num_a < 16 * panel ? min64(panel, 2 * lanes) : panel, kMergeRows};
+    const int64_t total[] = {key_rows, p.num_a, merged};
+    const int64_t pieces[] = {ceil_div(total[0], length[0]), ceil_div(total[1], length[1]), ceil_div(total[2], length[2])};
+    const int64_t items[] = {p.batch * pieces[0], p.batch * pieces[1], p.batch * pieces[2]};
+    run_phases(
+        parallel, tasks, items,
+        [&](int phase, int64_t t, int64_t item) {
+          Task task = this->task_at(t);
+          const int64_t b = item / pieces[phase], begin = item % pieces[phase] * length[phase];
+          const int64_t end = min64(total[phase], begin + length[phase]);
+          const Image image = this->image_at(b);
+          if (phase == 0) refine_keys(p, shared, image.keys, task.key, b, begin, end);
+          if (phase == 1) match_rows(p, *out, shared, image.keys, task.tile, b, begin, end, nullptr);
+          if (phase == 2) merge_rows<S, T>(p, *out, shared, image.groups, task.sources, b, begin, end, stream);
+        },
+        [&](int phase) {
+          for (int64_t b = 0; phase == 1 && b < p.batch; ++b) groups(this->image_at(b), b);
+        });
   }
 
   // The tokens of image b, as far as the second-level cache has room: merged next, fetched while scores are computed.
   Ahead tokens_ahead(int64_t b) const {
     Ahead ahead;
     if (p.x.stride[2] == 1)
-      ahead.add((const S*)p.x.data + b * p.x.stride[0], p.x.stride[1] * int64_t(sizeof(S)), p.dim * int64_t(sizeof(S)), p.tokens);
+      ahead.add((const S*)p.x.data + b * p.x.stride[0], p.x.stride[1] * int64_t(sizeof(S)), p.dim * int64_t(sizeof(S)),
+                p.tokens);
     return ahead;
-  }
-
-  // The rows of all images, cut into one range a task.
-  template <class F>
-  void over_rows(const Parallel& parallel, int64_t rows, const F& f) {
-    run_ranges(parallel, p.batch * rows, tasks, [&](int64_t t, int64_t begin, int64_t end) {
-      Task task = this->task_at(t);
-      for (int64_t at = begin; at < end;) {
-        const int64_t b = at / rows, stop = min64(end, (b + 1) * rows);
-        f(task, this->image_at(b), b, at - b * rows, stop - b * rows);
-        at = stop;
-      }
-    });
   }
 };
 

@@ -1,4 +1,4 @@
-// Scratch memory and tasks: what every phase of a call shares.
+// Scratch memory of a call, and the sizes that it is cut into.
 
 namespace fpet {
 namespace FPET_ISA {
@@ -6,16 +6,15 @@ namespace {
 
 constexpr int64_t kKeyRows = 48;                    // rows of the key path that are refined at once
 constexpr int64_t kScoreRows = 24;                  // destinations whose scores are ranked at once
+constexpr int64_t kMergeRows = 8;                   // merged tokens that one thread takes at once
+constexpr int64_t kWeightRows = 16;                 // rows of the weight gradients, likewise
 constexpr int64_t kPairRows = 48, kPairCols = 128;  // a tile of dM and ds in the backward: destinations, sources
 constexpr int64_t kPairDepth = 256;                 // elements of x and G that are multiplied at once
 constexpr int64_t kMaxChunks = 16;                  // of sources, each with its own partial sum of dk̂_B
 constexpr int64_t kMaxGroups = 256;                 // of images, each with its own partial sum of the weight gradients
-constexpr int64_t kSerialWork = 1 << 16;            // multiply-adds below which a second thread costs more than it saves
 
 constexpr int64_t kStreamBytes = 16 << 20;  // outputs from this size on are written past the caches
 constexpr int64_t kKeyAhead = 4;            // rows between fetching a key and using it
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Arena {
   char* base;  // null: only count
@@ -68,23 +67,6 @@ class Scratch {
   char* base_;
   size_t task_bytes_, image_bytes_, first_task_, first_image_;
 };
-
-template <class F>
-void run_tasks(const Parallel& parallel, int64_t count, const F& f) {
-  if (count <= 0) return;
-  if (count == 1 || parallel.threads <= 1 || !parallel.run) {
-    for (int64_t t = 0; t < count; ++t) f(t);
-    return;
-  }
-  parallel.run(parallel.pool, count, [](void* context, int64_t task) { (*(const F*)context)(task); }, (void*)&f);
-}
-
-// Splits [0, n) into `parts` ranges and calls f(part, begin, end).
-template <class F>
-void run_ranges(const Parallel& parallel, int64_t n, int64_t parts, const F& f) {
-  parts = max64(1, min64(parts, n));
-  run_tasks(parallel, parts, [&](int64_t p) { f(p, n * p / parts, n * (p + 1) / parts); });
-}
 
 }  // namespace
 }  // namespace FPET_ISA

@@ -100,6 +100,7 @@ size_t cpu_unmerge_backward_workspace(const UnmergeProblem&, int64_t threads);
 void cpu_unmerge_backward(const UnmergeProblem&, const Parallel&, void* workspace);
 
 // The instruction set in use ("avx512bf16", "avx512", "avx2", "baseline"); FPET_CPU_ISA in the environment chooses a lesser one.
+// Any other name there makes this function and all above throw std::runtime_error.
 const char* cpu_isa();
 // All that were compiled in, best first, separated by spaces.
 const char* cpu_isas_compiled();
