@@ -59,8 +59,10 @@ class _Recorded:
         w_down, w_up, scale, mask = (None, None, 1.0, None) if weights is None else weights
         keys = average_heads(key, compute_dtype(x, key, w_down))
         refined = refine_key(keys, w_down, w_up, scale, mask, None)
-        prefix = n - self.step.split.num_tokens
-        scores = match_scores(refined, *self.step.split.on(x.device), prefix, self.step.similarity)
+        split: Any = self.step.split
+        prefix = n - split.num_tokens
+        a, b = split.on(x.device)
+        scores = match_scores(refined, a, b, prefix, self.step.similarity)
         pairs = scores.gather(-1, merged.match[..., None] - prefix)
         note = {
             "layer": self.layer, "tokens": n, "left": merged.tokens.shape[1], "mean_similarity": pairs.mean().item(),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..layers.modules import PETModule
 from ..vit import block as fpet_block
+from ..vit.foreign import refuse_wrapped
 from .config import METHODS, AdapterConfig
 
 __all__ = ["ACTS", "add_adapters", "attach", "remove_adapters", "transformer", "transformer_blocks", "transformers_in"]
@@ -63,6 +64,7 @@ def add_adapters(
     """
     config = AdapterConfig.resolve(method, hidden_dim, scale, bits, dropout)
     inner = transformer(model)
+    refuse_wrapped(model, "fpet.add_adapters")
     present = getattr(inner, "adapter_config", None)
     if present is not None:
         raise ValueError(f"model: has {present.method!r} adapters already: fpet.remove_adapters(model) first")

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from fpet_kernels import Merged
 
+from ..layers.swapping import ClassSwap
 from ..vit import patch
-from ..vit.attention import FPETAttention
 from ..vit.block import FPETBlock
-from ..vit.merging import SizeBias
+from ..vit.foreign import refuse_wrapped
+from ..vit.merging import MergeRecord, SizeBias
 from ..vit.models import Encoded, FPETVisionTransformer
 from .ltmp import LTMPAttention, flops_ratio, target_ratio
 from .reducers import Unreduced
@@ -43,8 +44,8 @@ class ReducedVisionTransformer(FPETVisionTransformer):
     ) -> Encoded:  # fmt: skip
         if attn_mask is not None or is_causal:
             raise ValueError("attn_mask, is_causal: comparators take none")
-        x, grid = self._embed(images)[:2]
-        n, prefix, learned = x.shape[1], x.shape[1] - grid[0] * grid[1], self.fpet_reduction.name == "ltmp"
+        x, grid = self._embedded(images)[:2]
+        n, prefix, learned = x.shape[1], self.num_prefix_tokens, self.fpet_reduction.name == "ltmp"
         size, source, weigh = x.new_ones(x.shape[0], n, 1 + learned, dtype=torch.float32), None, False
         intermediates, shares = [], [size[:, :, -1].mean(1)]
         blocks: Any = self.blocks
@@ -52,9 +53,13 @@ class ReducedVisionTransformer(FPETVisionTransformer):
             reducer = self.fpet_reducers.get(i)
 
             def run(x: Tensor, size: Tensor, block: Any = block, reducer: Any = reducer, weigh: bool = weigh, first: bool = source is None) -> Any:  # fmt: skip  # noqa: E501
-                step = None if reducer is None else _Step(reducer, size, prefix, grid if first else None)
                 sizes: Any = size[:, :, 0] if learned else SizeBias(size.squeeze(-1).log()) if weigh else None
-                return block(x, sizes=sizes, merge=step)
+                given = {} if sizes is None else {"sizes": sizes}
+                if reducer is None:
+                    return block(x, **given)
+                record: Any = MergeRecord()
+                x = block(x, **given, merge=_Step(reducer, size, prefix, grid if first else None), record=record)
+                return record.merged._replace(tokens=x)
 
             out: Any = checkpoint(run, x, size) if self.grad_checkpointing else run(x, size)
             if reducer is None:
@@ -70,6 +75,9 @@ class ReducedVisionTransformer(FPETVisionTransformer):
         if learned:
             traced.flops = flops_ratio(shares, n, x.shape[-1])
         return traced
+
+    def _merges(self) -> bool:
+        return True
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, with_flops: bool = False) -> Any:
         """timm's; with ``with_flops``, for LTMP, the scores and :func:`fpet.comparators.ltmp.flops_ratio` with gradient."""
@@ -104,6 +112,8 @@ def _restore(x: Tensor, source: Tensor | None) -> Tensor:
     found = x.gather(1, source.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[-1]))
     return found.masked_fill((source < 0)[:, :, None], 0)
 
+
+_SWAP = ClassSwap(ReducedVisionTransformer, LTMPAttention)
 
 _SLOTS = ("refinement", "thresholds", "reducer")
 """What a reduction may learn, as submodules of a block; the first is removed by :func:`fpet.remove`."""
@@ -169,7 +179,8 @@ def apply_reduction(
         has = getattr(inner.blocks[layer], "refinement", None) is not None
         return patch.apply(model, layer, refinement=None if has else refinement or True)
     patch.apply(model, None, refinement=False)
-    inner.__class__ = ReducedVisionTransformer
+    refuse_wrapped(model, "fpet.comparators.apply_reduction")
+    _SWAP.swap(inner)
     inner.fpet_reduction, inner.fpet_reducers = config, {}
     try:
         for i, block in enumerate(inner.blocks):
@@ -179,8 +190,9 @@ def apply_reduction(
                 setattr(block, slot, module)
             reducer = learned[i].get("reducer") or reduction.build(Place(inner, block, i, config))
             inner.fpet_reducers[i] = reducer  # type: ignore[assignment]
+            block.fpet_layer = i
             if name == "ltmp":
-                block.attn.__class__ = LTMPAttention
+                _SWAP.swap(block.attn)
             if isinstance(reducer, nn.Module):
                 block.reducer = reducer
     except Exception:
@@ -207,7 +219,6 @@ def remove_reduction(model: nn.Module) -> nn.Module:
             for slot in _SLOTS[1:]:
                 if hasattr(block, slot):
                     delattr(block, slot)
-            if isinstance(block.attn, LTMPAttention):
-                block.attn.__class__ = FPETAttention
-        reduced.__class__ = FPETVisionTransformer
+            _SWAP.restore(block.attn)
+        _SWAP.restore(reduced)
     return patch.remove(model)

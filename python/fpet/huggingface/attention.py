@@ -12,18 +12,21 @@ from transformers.models.siglip import modeling_siglip
 from transformers.models.vit import modeling_vit
 
 from ..layers.swapping import Foreign
-from ..vit.attention import attend
+from ..vit.attention import additive_mask, attend
 from ..vit.merging import SizeBias
 
 
 def weighed_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, sizes: SizeBias | None, how: str, dropout: nn.Dropout | None
-) -> tuple[Tensor, Tensor | None]:
-    """softmax(scale · q kᵀ + log size) v, (B, heads, N, C); and the weights, where ``how`` is "eager"."""
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, sizes: SizeBias | None, how: str, dropout: nn.Dropout | None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """softmax(scale · q kᵀ + mask + log size) v, (B, heads, N, C); and the weights, where ``how`` is "eager"."""
     if how == "sdpa":
-        return attend(q, k, v, scale=scale, fused=True, sizes=sizes, dropout=dropout), None
+        return attend(q, k, v, scale=scale, fused=True, attn_mask=mask, sizes=sizes, dropout=dropout), None
     scores = (q @ k.transpose(-2, -1)) * scale
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if mask is not None:
+        scores = scores + additive_mask(mask, scores.dtype)
     if sizes is not None:
         scores = scores + sizes.log_size[:, None, None, :]
     weights = scores.softmax(dim=-1).to(q.dtype)
@@ -41,19 +44,19 @@ class _Sized(Foreign):
     """transformers' attention, which does its own work where nothing is asked for that it can't do.
 
     Keyword arguments on top: sizes, for proportional attention; with_key, to return the key too; attention, "eager" or
-    "sdpa" in place of the model's setting.
+    "sdpa" in place of the model's setting; mask, as transformers makes it of an attention_mask, for where one of these is set.
     """
 
     def forward(
         self, hidden_states: Tensor, *args: Any, sizes: SizeBias | None = None, with_key: bool = False,
-        attention: str | None = None, **kwargs: Any,
+        attention: str | None = None, mask: Tensor | None = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        if sizes is None and not with_key and attention is None:
+        if sizes is None and not with_key and attention is None and mask is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         how = attention or self.config._attn_implementation
         q, k, v = self._qkv(hidden_states)
         out, weights = weighed_attention(
-            q, k, v, scale=q.shape[-1] ** -0.5, sizes=sizes, how=how, dropout=self._dropout()
+            q, k, v, scale=q.shape[-1] ** -0.5, sizes=sizes, how=how, dropout=self._dropout(), mask=mask
         )  # fmt: skip
         out = self._project(out.transpose(1, 2).flatten(2))
         return (out, weights, k) if with_key else (out, weights)

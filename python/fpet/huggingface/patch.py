@@ -6,15 +6,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DataParallel, DistributedDataParallel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 from transformers.models.blip import modeling_blip
 
 from ..layers.swapping import ClassSwap
 from ..vit.config import attention_form, check_layers, check_similarity, new_refinements, set_refinements
+from ..vit.foreign import refuse_wrapped
 from ..vit.merging import merge_splits
 from ..vit.models import MergedFeatures
+from ..vit.patch import also_removes
 from . import encoders
 from .attention import FPETBlipAttention, FPETCLIPAttention, FPETSiglipAttention, FPETViTAttention
 from .blip import FPETBlipCrossAttention, FPETBlipForImageTextRetrieval
@@ -39,6 +39,9 @@ __all__ = ["apply", "convert", "find_vision_encoder", "merged_features", "remove
 _IMPLEMENTATIONS = ("eager", "sdpa")
 
 
+# By the name of the class: what output_hidden_states and output_attentions can record in transformers' own forward.
+_RECORDED: dict[Any, Any] = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {})
+
 ENCODERS = ClassSwap(FPETBlipVisionModel, FPETCLIPVisionModel, FPETSiglipVisionModel, FPETViTModel)
 """transformers' vision encoders and the classes that take over."""
 
@@ -52,6 +55,7 @@ _CROSS = ClassSwap(FPETBlipCrossAttention)
 for _theirs, _ours in (ENCODERS | _HOLDERS).pairs():
     if issubclass(_ours, PreTrainedModel):
         _ours.__name__ = _theirs.__name__  # save_pretrained writes it into config.json; pickle goes by __qualname__
+    dict.__setitem__(_RECORDED, str(_ours), getattr(_theirs, "_can_record_outputs", None) or {})
 
 
 def apply(
@@ -86,12 +90,15 @@ def apply(
     layers = check_layers(layer, len(vision_layers(encoder)))
     _check_structure(encoder, layers, attention)
     modules = new_refinements(refinement, layers, vision_layers(encoder), _key_channels)
-    if modules and isinstance(encoder, FSDPModule):
-        raise TypeError("model: it is sharded and takes no new parameters; call fpet.huggingface.apply before fully_shard")
+    if modules:
+        refuse_wrapped(model, "fpet.huggingface.apply")
+        refuse_wrapped(encoder, "fpet.huggingface.apply")
 
     convert(encoder)
     encoder.fpet_config = VisionMergeConfig(layers, form, similarity, backend, attention)
     set_refinements(vision_layers(encoder), modules, others=refinement is not False)
+    for i, block in enumerate(vision_layers(encoder)):
+        block.fpet_layer = i if i in layers else None
     for module in _around(model, encoder):
         (_HOLDERS | _CROSS).swap(module)
         if isinstance(module, FPETBlipCrossAttention):
@@ -110,6 +117,8 @@ def remove(model: nn.Module) -> nn.Module:
     if not ENCODERS.known(encoder):
         raise TypeError(f"model: {type(encoder).__name__} was wrapped after fpet.huggingface.apply; remove before wrapping")
     set_refinements(vision_layers(encoder), {}, others=False)
+    for block in vision_layers(encoder):
+        block.__dict__.pop("fpet_layer", None)
     for module in _around(model, encoder):
         module.__dict__.pop("fpet_attention", None)
         (_HOLDERS | _CROSS).restore(module)
@@ -121,11 +130,16 @@ def remove(model: nn.Module) -> nn.Module:
 def convert(encoder: Any) -> None:
     """Swaps the classes of a vision encoder, its layers and their attentions; nothing is merged by that yet."""
     for module in _parts(encoder):
-        # transformers 4 leaves a module's own forward behind on the instance once it has recorded hidden states.
-        module.__dict__.pop("forward", None)
+        _forget_recorded(module)
         (ENCODERS | _INNER).swap(module)
     if not hasattr(encoder, "fpet_config"):
         encoder.fpet_config = VisionMergeConfig()
+
+
+def _forget_recorded(module: nn.Module) -> None:
+    """transformers 4 leaves a module's own forward behind on the instance once it has recorded hidden states."""
+    if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+        del module.__dict__["forward"]
 
 
 def restore(encoder: Any) -> None:
@@ -135,9 +149,12 @@ def restore(encoder: Any) -> None:
     if encoder.fpet_config.layers or filled:
         return
     for module in _parts(encoder):
-        module.__dict__.pop("forward", None)
+        _forget_recorded(module)
         (ENCODERS | _INNER).restore(module)
     del encoder.fpet_config
+
+
+also_removes(MergingEncoder, remove)
 
 
 def merged_features(model: nn.Module, pixel_values: Tensor, **options: Any) -> MergedFeatures:
@@ -159,8 +176,7 @@ def find_vision_encoder(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: there is none, there are several, or a data-parallel wrapper is around it.
     """
-    if isinstance(model, (DistributedDataParallel, DataParallel)):
-        raise TypeError(f"model: expected an unwrapped model, got {type(model).__name__}; patch it before wrapping")
+    refuse_wrapped(model, "fpet.huggingface.apply", new_parameters=False)
     found = [m for m in model.modules() if ENCODERS.known(m) or isinstance(m, MergingEncoder)]
     if len(found) == 1:
         return found[0]
@@ -196,10 +212,6 @@ def _check_structure(encoder: Any, layers: tuple[int, ...], attention: str | Non
     for part in _parts(encoder):
         if not (ENCODERS | _INNER).known(part):
             raise TypeError(f"model: {name} can't be merged: no knowledge of {type(part).__name__}")
-        own = part.__dict__.get("forward")
-        if own is not None and getattr(own, "__func__", None) is not type(part).forward:
-            what = f"the forward of its {type(part).__name__} was replaced, as accelerate's device_map does"
-            raise TypeError(f"model: {name} can't be merged: {what}; call fpet.huggingface.apply before that")
     how = attention or encoder.config._attn_implementation
     if how not in _IMPLEMENTATIONS:
         raise TypeError(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..huggingface import convert, restore, vision_layers  # first: it says what to install where transformers is missing
 from ..layers.modules import PETModule
+from ..layers.swapping import ClassSwap
 
 # isort: split
 from transformers.models.blip import modeling_blip, modeling_blip_text
@@ -126,6 +127,9 @@ class _AdaptedTextLayer(modeling_blip_text.BlipTextLayer):
         return super().feed_forward_chunk(crossed) + adapter(query, "text") + adapter(crossed, "cross")
 
 
+_SWAP = ClassSwap(_AdaptedProjection, _QueryKeeper, _AdaptedTextLayer)
+
+
 def add_uniadapters(
     model: nn.Module, hidden_dim: int = 512, *, scale: float = 0.1, dropout: float = 0.0, key_value_dim: int = 64
 ) -> nn.Module:  # fmt: skip
@@ -163,9 +167,9 @@ def add_uniadapters(
     for image_layer, text_layer, adapter in zip(images, texts, adapters, strict=True):
         image_layer.adapter = (adapter, "vision")
         text_layer.uniadapter = (adapter,)
-        text_layer.__class__ = _AdaptedTextLayer
+        _SWAP.swap(text_layer)
     for attention in crossing:
-        attention.__class__ = _QueryKeeper
+        _SWAP.swap(attention)
     model.uniadapters = adapters
     if key_value_dim and crossing:
         first = crossing[0].self.key
@@ -174,7 +178,8 @@ def add_uniadapters(
         )
         for name, adapter in model.key_value_adapters.items():
             for projection in (getattr(attention.self, name) for attention in crossing):
-                projection.__class__, projection.adapter = _AdaptedProjection, (adapter,)
+                _SWAP.swap(projection)
+                projection.adapter = (adapter,)
     return model
 
 
@@ -194,11 +199,11 @@ def remove_uniadapters(model: nn.Module) -> nn.Module:
     for image_layer, text_layer in zip(vision_layers(vision), text.encoder.layer, strict=True):
         del image_layer.adapter
         del text_layer.uniadapter
-        text_layer.__class__ = modeling_blip_text.BlipTextLayer
+        _SWAP.restore(text_layer)
         if hasattr(text_layer, "crossattention"):
-            text_layer.crossattention.__class__ = modeling_blip_text.BlipTextAttention
+            _SWAP.restore(text_layer.crossattention)
             for projection in (text_layer.crossattention.self.key, text_layer.crossattention.self.value):
-                projection.__class__ = nn.Linear
+                _SWAP.restore(projection)
                 projection.__dict__.pop("adapter", None)
     restore(vision)
     return model

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from ..layers.swapping import ClassSwap, Foreign
 from .merging import SizeBias
 
-__all__ = ["TIMM_ATTENTIONS", "attend"]
+__all__ = ["TIMM_ATTENTIONS", "additive_mask", "attend"]
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean mask (True: attend) as a term to add to the scores; any other mask in ``dtype``."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
@@ -38,7 +38,7 @@ def _score_bias(q: Tensor, attn_mask: Tensor | None, is_causal: bool, sizes: Siz
     """log(size) and the caller's mask as one term, broadcastable to (B, heads, N, N), in q's dtype."""
     bias = sizes.log_size[:, None, None, :]
     if attn_mask is not None:
-        bias = bias + _additive(attn_mask, bias.dtype)
+        bias = bias + additive_mask(attn_mask, bias.dtype)
     if is_causal:
         bias = bias + _causal(q.shape[-2], bias)
     return bias.to(q.dtype)
@@ -107,7 +107,7 @@ def attend(
         if is_causal:
             scores = scores + _causal(q.shape[-2], scores)
         elif attn_mask is not None:
-            scores = scores + _additive(attn_mask, scores.dtype)
+            scores = scores + additive_mask(attn_mask, scores.dtype)
         if sizes is not None:
             scores = scores + sizes.log_size[:, None, None, :].to(scores.dtype)
         weights = scores.softmax(dim=-1)
@@ -134,8 +134,10 @@ class _SizedAttention(Foreign):
     """What the classes below share. Keyword arguments on top of timm's, the same everywhere:
 
     - sizes: :class:`SizeBias` or None.
-    - kept: (N,) positions that x's tokens had in the full sequence, for tables that know only those; None: all of them.
+    - kept: (N,) positions that x's tokens had in the full sequence, for tables of relative positions; None: all of them.
     - with_key: return ``(out, key)``, the key as merging wants it: (B, heads, N, C), after its norm, before any rotation.
+
+    Without these and without LoRA, timm's own forward runs.
 
     Slots: modules ``lora_q`` and ``lora_v``, applied to the input and added to q and v.
     """
@@ -147,6 +149,9 @@ class _SizedAttention(Foreign):
     proj: nn.Module
     proj_drop: nn.Module
     attn_drop: nn.Dropout
+
+    def _is_timms(self) -> bool:
+        return getattr(self, "lora_q", None) is None and getattr(self, "lora_v", None) is None
 
     def _fused_qkv(self, x: Tensor) -> Tensor:
         return self.qkv(x)
@@ -197,20 +202,24 @@ class FPETAttention(_SizedAttention, Attention):
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *,
-        sizes: SizeBias | None = None, kept: Tensor | None = None, with_key: bool = False,
+        sizes: SizeBias | None = None, with_key: bool = False,
     ) -> Any:  # fmt: skip
+        if sizes is None and not with_key and self._is_timms():
+            return super().forward(x, attn_mask, is_causal)
         q, k, v = self._qkv_heads(x)
         out = self._attend(x, q, k, v, attn_mask, is_causal, sizes)
         return (out, k) if with_key else out
 
 
-class FPETAttentionRope(_SizedAttention, AttentionRope):
-    """timm's rotary attention: DINOv3, PE and others; grouped queries too. ``rope`` covers the tokens of x, no others."""
+class _RotaryAttention(_SizedAttention):
+    """``rope`` covers the tokens of x, no others."""
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False, *,
-        sizes: SizeBias | None = None, kept: Tensor | None = None, with_key: bool = False,
+        sizes: SizeBias | None = None, with_key: bool = False,
     ) -> Any:  # fmt: skip
+        if sizes is None and not with_key and self._is_timms():
+            return super().forward(x, rope, attn_mask, is_causal)
         q, k, v = self._qkv_heads(x)
         key = k
         if rope is not None:
@@ -223,8 +232,16 @@ class FPETAttentionRope(_SizedAttention, AttentionRope):
         return (out, key) if with_key else out
 
 
+class FPETAttentionRope(_RotaryAttention, AttentionRope):
+    """timm's rotary attention: DINOv3, PE and others; grouped queries too."""
+
+
 class _SeparateBias(_SizedAttention):
     """EVA's and BEiT's fused qkv keeps q's and v's bias apart from the weight; the key has none."""
+
+    def _is_timms(self) -> bool:
+        # timm looks into the linear layer, which somebody may have put another one in the place of.
+        return super()._is_timms() and (self.qkv is None or type(self.qkv) is nn.Linear)
 
     def _fused_qkv(self, x: Tensor) -> Tensor:
         if self.q_bias is None:
@@ -236,10 +253,8 @@ class _SeparateBias(_SizedAttention):
         return F.linear(x, weight=self.qkv.weight, bias=bias)
 
 
-class FPETEvaAttention(_SeparateBias, EvaAttention):
+class FPETEvaAttention(_SeparateBias, _RotaryAttention, EvaAttention):
     """timm's EVA and EVA02 attention."""
-
-    forward = FPETAttentionRope.forward
 
 
 class FPETDiffAttention(_SizedAttention, DiffAttention):
@@ -247,8 +262,10 @@ class FPETDiffAttention(_SizedAttention, DiffAttention):
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *,
-        sizes: SizeBias | None = None, kept: Tensor | None = None, with_key: bool = False,
+        sizes: SizeBias | None = None, with_key: bool = False,
     ) -> Any:  # fmt: skip
+        if sizes is None and not with_key and self._is_timms():
+            return super().forward(x, attn_mask, is_causal)
         q, k, v = self.qkv(x).chunk(3, dim=2)
         q, k, v = _heads(q, 2 * self.num_heads), _heads(k, 2 * self.num_heads), _heads(v, self.num_heads)
         q, v = self._with_lora(x, q, v)
@@ -285,6 +302,8 @@ class FPETBeitAttention(_SeparateBias, BeitAttention):
         self, x: Tensor, shared_rel_pos_bias: Tensor | None = None, *,
         sizes: SizeBias | None = None, kept: Tensor | None = None, with_key: bool = False,
     ) -> Any:  # fmt: skip
+        if sizes is None and kept is None and not with_key and self._is_timms():
+            return super().forward(x, shared_rel_pos_bias)
         q, k, v = self._qkv_heads(x)
         own = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
         out = self._attend(x, q, k, v, _biased(own, shared_rel_pos_bias, kept), False, sizes)
@@ -298,6 +317,8 @@ class FPETRelPosAttention(_SizedAttention, RelPosAttention):
         self, x: Tensor, shared_rel_pos: Tensor | None = None, *,
         sizes: SizeBias | None = None, kept: Tensor | None = None, with_key: bool = False,
     ) -> Any:  # fmt: skip
+        if sizes is None and kept is None and not with_key and self._is_timms():
+            return super().forward(x, shared_rel_pos)
         q, k, v = self._qkv_heads(x)
         # As in timm, a bias of the block's own replaces the shared one.
         own = None if self.rel_pos is None else self.rel_pos.get_bias()

@@ -32,19 +32,33 @@ from fpet_kernels import Merged
 
 from ..layers.swapping import ClassSwap, Foreign
 from .attention import TIMM_ATTENTIONS, attend
-from .merging import MergeStep, SizeBias
+from .merging import MergeRecord, MergeStep, SizeBias
 
-__all__ = ["convert", "is_converted", "key_channels", "restore", "why_not"]
+__all__ = ["TIMM_BLOCKS", "attention_modules", "convert", "is_converted", "key_channels", "restore", "why_not"]
 
 
 class _MergingBlock(Foreign):
     """The order of things in a block. Keyword arguments on top of timm's, the same everywhere:
 
     - sizes, kept: for the attention, see :mod:`fpet.vit.attention`.
-    - merge: a :class:`MergeStep`. The block then returns :class:`fpet_kernels.Merged` instead of its tokens alone.
+    - merge: a :class:`MergeStep`. The block then returns :class:`fpet_kernels.Merged` instead of its tokens alone;
+    - record: but with a :class:`MergeRecord` the tokens, and leaves the rest there. So hooks see a tensor.
+
+    Without these and without an adapter, timm's own forward runs.
     """
 
-    def _attention_branch(self, x: Tensor, **attention: Any) -> tuple[Tensor, Any]:
+    fpet_layer: int | None = None  # the number of a block that merges, by which it knows that a call lacks ``merge``
+
+    def _is_timms(self) -> bool:
+        if self.fpet_layer is not None:
+            raise RuntimeError(
+                f"blocks.{self.fpet_layer}: it merges tokens, and was called outside of its model, which keeps account of "
+                f"them. Call the model, its forward_intermediates or fpet.merged_features; or give the block a MergeStep "
+                f"(fpet.vit.merging), which makes it return a Merged; or switch merging off: fpet.merged(model, None)"
+            )
+        return getattr(self, "adapter_mlp", None) is None
+
+    def _attention_branch(self, x: Tensor, with_key: bool, **attention: Any) -> tuple[Tensor, Any]:
         """What attention adds to x (B, N, D); and the key, where ``with_key`` asks for it."""
         raise NotImplementedError
 
@@ -52,8 +66,16 @@ class _MergingBlock(Foreign):
         """What the MLP adds to x (B, N, D)."""
         raise NotImplementedError
 
+    def _record(self, x: Tensor, merge: MergeStep | None, record: MergeRecord | None, **attention: Any) -> Any:
+        # An argument that is not set is not passed: a forward that somebody replaced may not know it.
+        out = self._run(x, merge, **{name: value for name, value in attention.items() if value is not None})
+        if record is None or merge is None:
+            return out
+        record.merged = out
+        return out.tokens
+
     def _run(self, x: Tensor, merge: MergeStep | None, **attention: Any) -> Any:
-        branch, key = self._attention_branch(x, with_key=merge is not None, **attention)
+        branch, key = self._attention_branch(x, merge is not None, **attention)
         x = x + branch
         merged = None
         if merge is not None:
@@ -66,39 +88,45 @@ class _MergingBlock(Foreign):
         return out if merged is None else Merged(out, merged.size, merged.match)
 
 
-def _with_key(result: Any, with_key: bool) -> tuple[Tensor, Tensor | None]:
-    return result if with_key else (result, None)
+def _attended(attention: nn.Module, x: Tensor, with_key: bool, arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    return attention(x, with_key=True, **arguments) if with_key else (attention(x, **arguments), None)
 
 
 class _MaskedForward(_MergingBlock):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *,
-        sizes: SizeBias | None = None, kept: Tensor | None = None, merge: MergeStep | None = None,
+        sizes: SizeBias | None = None, merge: MergeStep | None = None, record: MergeRecord | None = None,
     ) -> Any:  # fmt: skip
-        return self._run(x, merge, attn_mask=attn_mask, is_causal=is_causal, sizes=sizes, kept=kept)
+        if merge is None and sizes is None and self._is_timms():
+            return super().forward(x, attn_mask, is_causal)
+        return self._record(x, merge, record, attn_mask=attn_mask, is_causal=is_causal or None, sizes=sizes)
 
 
 class _RopeForward(_MergingBlock):
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False, *,
-        sizes: SizeBias | None = None, kept: Tensor | None = None, merge: MergeStep | None = None,
+        sizes: SizeBias | None = None, merge: MergeStep | None = None, record: MergeRecord | None = None,
     ) -> Any:  # fmt: skip
-        return self._run(x, merge, rope=rope, attn_mask=attn_mask, is_causal=is_causal, sizes=sizes, kept=kept)
+        if merge is None and sizes is None and self._is_timms():
+            return super().forward(x, rope, attn_mask, is_causal)
+        return self._record(x, merge, record, rope=rope, attn_mask=attn_mask, is_causal=is_causal or None, sizes=sizes)
 
 
 class _RelPosForward(_MergingBlock):
     def forward(
-        self, x: Tensor, shared_rel_pos: Tensor | None = None, *,
-        sizes: SizeBias | None = None, kept: Tensor | None = None, merge: MergeStep | None = None,
+        self, x: Tensor, shared_rel_pos: Tensor | None = None, *, sizes: SizeBias | None = None,
+        kept: Tensor | None = None, merge: MergeStep | None = None, record: MergeRecord | None = None,
     ) -> Any:  # fmt: skip
-        return self._run(x, merge, shared_rel_pos=shared_rel_pos, sizes=sizes, kept=kept)
+        if merge is None and sizes is None and kept is None and self._is_timms():
+            return super().forward(x, shared_rel_pos)
+        return self._record(x, merge, record, shared_rel_pos=shared_rel_pos, sizes=sizes, kept=kept)
 
 
 class _LayerScaleModules(_MergingBlock):
     """Pre-norm, LayerScale as modules ``ls1`` and ``ls2``."""
 
-    def _attention_branch(self, x: Tensor, with_key: bool = False, **attention: Any) -> tuple[Tensor, Tensor | None]:
-        out, key = _with_key(self.attn(self.norm1(x), with_key=with_key, **attention), with_key)
+    def _attention_branch(self, x: Tensor, with_key: bool, **attention: Any) -> tuple[Tensor, Any]:
+        out, key = _attended(self.attn, self.norm1(x), with_key, attention)
         return self.drop_path1(self.ls1(out)), key
 
     def _mlp_branch(self, x: Tensor) -> Tensor:
@@ -108,8 +136,8 @@ class _LayerScaleModules(_MergingBlock):
 class _LayerScaleParameters(_MergingBlock):
     """Pre-norm, LayerScale as parameters ``gamma_1`` and ``gamma_2``, either of which may be None."""
 
-    def _attention_branch(self, x: Tensor, with_key: bool = False, **attention: Any) -> tuple[Tensor, Tensor | None]:
-        out, key = _with_key(self.attn(self.norm1(x), with_key=with_key, **attention), with_key)
+    def _attention_branch(self, x: Tensor, with_key: bool, **attention: Any) -> tuple[Tensor, Any]:
+        out, key = _attended(self.attn, self.norm1(x), with_key, attention)
         return self.drop_path1(out if self.gamma_1 is None else self.gamma_1 * out), key
 
     def _mlp_branch(self, x: Tensor) -> Tensor:
@@ -120,8 +148,8 @@ class _LayerScaleParameters(_MergingBlock):
 class _PostNorm(_MergingBlock):
     """The norm at the end of each branch."""
 
-    def _attention_branch(self, x: Tensor, with_key: bool = False, **attention: Any) -> tuple[Tensor, Tensor | None]:
-        out, key = _with_key(self.attn(x, with_key=with_key, **attention), with_key)
+    def _attention_branch(self, x: Tensor, with_key: bool, **attention: Any) -> tuple[Tensor, Any]:
+        out, key = _attended(self.attn, x, with_key, attention)
         return self.drop_path1(self.norm1(out)), key
 
     def _mlp_branch(self, x: Tensor) -> Tensor:
@@ -156,19 +184,21 @@ class FPETBeitBlock(_LayerScaleParameters, BeitBlock):
     """timm's BEiT block."""
 
     def forward(
-        self, x: Tensor, shared_rel_pos_bias: Tensor | None = None, *,
-        sizes: SizeBias | None = None, kept: Tensor | None = None, merge: MergeStep | None = None,
+        self, x: Tensor, shared_rel_pos_bias: Tensor | None = None, *, sizes: SizeBias | None = None,
+        kept: Tensor | None = None, merge: MergeStep | None = None, record: MergeRecord | None = None,
     ) -> Any:  # fmt: skip
-        return self._run(x, merge, shared_rel_pos_bias=shared_rel_pos_bias, sizes=sizes, kept=kept)
+        if merge is None and sizes is None and kept is None and self._is_timms():
+            return super().forward(x, shared_rel_pos_bias)
+        return self._record(x, merge, record, shared_rel_pos_bias=shared_rel_pos_bias, sizes=sizes, kept=kept)
 
 
 class FPETParallelThingsBlock(_MaskedForward, ParallelThingsBlock):
     """timm's block of parallel attentions, then parallel MLPs. The key is the mean over all attentions and heads."""
 
-    def _attention_branch(self, x: Tensor, with_key: bool = False, **attention: Any) -> tuple[Tensor, Tensor | None]:
+    def _attention_branch(self, x: Tensor, with_key: bool, **attention: Any) -> tuple[Tensor, Any]:
         outs, keys = [], list[Any]()
         for branch in self.attns:
-            out, key = _with_key(branch.attn(branch.norm(x), with_key=with_key, **attention), with_key)
+            out, key = _attended(branch.attn, branch.norm(x), with_key, attention)
             outs.append(branch.drop_path(branch.ls(out)))
             keys.append(key)
         return torch.stack(outs).sum(dim=0), torch.cat(keys, dim=1) if with_key else None
@@ -180,7 +210,7 @@ class FPETParallelThingsBlock(_MaskedForward, ParallelThingsBlock):
 class _ParallelScaling(_MaskedForward):
     """Attention and MLP side by side on the same input: nothing lies between them, so merging comes after both."""
 
-    def _run(self, x: Tensor, merge: MergeStep | None, *, kept: Tensor | None = None, **attention: Any) -> Any:
+    def _run(self, x: Tensor, merge: MergeStep | None, **attention: Any) -> Any:
         mlp, q, k, v = torch.split(self.in_proj(self.in_norm(x)), self.in_split, dim=-1)
         if self.mlp_bias is not None:
             mlp = mlp + self.mlp_bias
@@ -235,7 +265,7 @@ TIMM_BLOCKS = ClassSwap(
 _SWAP = TIMM_BLOCKS | TIMM_ATTENTIONS
 
 
-def _attentions(block: Any) -> list[nn.Module]:
+def attention_modules(block: Any) -> list[nn.Module]:
     """The attention modules of a block: one, or several in parallel, or none where the block does it itself."""
     if isinstance(block, ParallelThingsBlock):
         return [branch.attn for branch in block.attns]
@@ -251,7 +281,7 @@ def why_not(block: nn.Module) -> str | None:
     """Why ``block`` can't be converted; None if it can, or has been."""
     if not TIMM_BLOCKS.known(block) and not is_converted(block):
         return f"no knowledge of its block class {_full_name(block)}"
-    for attention in _attentions(block):
+    for attention in attention_modules(block):
         if not TIMM_ATTENTIONS.known(attention):
             return f"no knowledge of its attention class {_full_name(attention)}"
     return None
@@ -269,14 +299,14 @@ def convert(block: nn.Module) -> nn.Module:
     """
     if (reason := why_not(block)) is not None:
         raise TypeError(f"block: {reason}; known are {TIMM_BLOCKS.names()}")
-    for module in (block, *_attentions(block)):
+    for module in (block, *attention_modules(block)):
         _SWAP.swap(module)
     return block
 
 
 def restore(block: nn.Module) -> nn.Module:
     """Undoes :func:`convert`, unless a slot is filled or the block belongs to a model that merges. Returns ``block``."""
-    attentions = _attentions(block)
+    attentions = attention_modules(block)
     in_use = (
         getattr(block, "fpet_merging", False)
         or any(getattr(block, slot, None) is not None for slot in ("refinement", "adapter_mlp"))
@@ -290,7 +320,7 @@ def restore(block: nn.Module) -> nn.Module:
 
 def key_channels(block: Any) -> int:
     """Width of the key that ``block`` merges by: that of one head."""
-    holder: Any = next(iter(_attentions(block)), block)
+    holder: Any = next(iter(attention_modules(block)), block)
     if isinstance(getattr(holder, "head_dim", None), int):
         return holder.head_dim
     return holder.qkv.out_features // (3 * holder.num_heads)  # BEiT keeps no record of it

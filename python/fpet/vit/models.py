@@ -25,7 +25,20 @@ from fpet_kernels import Split
 
 from ..layers.swapping import ClassSwap, Foreign
 from .config import MergeConfig
-from .merging import MergeStep, SizeBias, kept_positions, merge_splits, pool_by_size, unmerge
+from .foreign import check_forwards, of_transformers
+from .merging import (
+    MergeRecord,
+    MergeStep,
+    SizeBias,
+    SymbolicGrid,
+    kept_positions,
+    merge_splits,
+    pool_by_size,
+    refuse_fx,
+    select_rows_and_columns,
+    token_count,
+    unmerge,
+)
 
 __all__ = ["TIMM_MODELS", "Encoded", "MergedFeatures", "MergingModel", "merged_features"]
 
@@ -58,7 +71,7 @@ class Encoded(NamedTuple):
 
     x: Tensor
     size: Tensor | None
-    splits: tuple[Split, ...]
+    splits: tuple[Split | SymbolicGrid, ...]
     matches: list[Tensor]
     num_prefix_tokens: int
     intermediates: list[Tensor]
@@ -84,63 +97,80 @@ class MergingModel(Foreign):
             return x, (x.shape[1], x.shape[2])
         return x, self.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
 
+    def _embedded(self, images: Tensor) -> _Embedded:
+        """:meth:`_embed`, after which every token is known to be a prefix token or a patch of the grid."""
+        refuse_fx(images)
+        embedded = self._embed(images)
+        return embedded._replace(grid=token_count(embedded.x, embedded.grid, self.num_prefix_tokens))
+
     def _encode(
         self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *,
         take: tuple[int, ...] | list[int] = (), normed: bool = False, depth: int | None = None,
     ) -> Encoded:  # fmt: skip
         """Runs the blocks; those in ``take`` leave their output, normed and unmerged, in ``intermediates``."""
         config, blocks = self.fpet_config, list(self.blocks)[:depth]
-        embedded = self._embed(images)
-        x, (height, width) = embedded.x, (int(embedded.grid[0]), int(embedded.grid[1]))
-        prefix = x.shape[1] - height * width
         merging = [i for i in config.layers if i < len(blocks)]
+        form = config.proportional_attention
+        embedded = self._embedded(images)
+        x, (height, width), prefix = embedded.x, embedded.grid, self.num_prefix_tokens
+        if not torch.compiler.is_compiling():
+            check_forwards(blocks, merging, ("kept",) * (embedded.rel_pos is not None) + ("sizes",) * (form is not None))
         splits = merge_splits(height, width, len(merging))
 
         size: Tensor | None = None
+        log_size: Tensor | None = None
         matches: list[Tensor] = []
         intermediates: list[Tensor] = []
-        sizes = kept = patches = mask = None
+        kept = patches = mask = None
         for i, block in enumerate(blocks):
             attention: dict[str, Any] = {}
-            if self._masks:
-                attention = {"attn_mask": attn_mask if mask is None else mask, "is_causal": is_causal}
+            if attn_mask is not None:
+                attention["attn_mask"] = attn_mask if mask is None else mask
+            if is_causal:
+                attention["is_causal"] = True
             if embedded.rope is not None:
                 rope = embedded.rope(i)
                 attention["rope"] = rope if patches is None else rope.index_select(-2, patches)
-            if embedded.rel_pos is not None:
+            if embedded.rel_pos is not None and embedded.rel_pos[1] is not None:
                 attention[embedded.rel_pos[0]] = embedded.rel_pos[1]
-            split = splits[len(matches)] if i in merging else None
-            out = self._call(block, x, attention, sizes, kept, split, size)
-            if split is None:
-                x = out
+            if embedded.rel_pos is not None and kept is not None:
+                attention["kept"] = kept
+            if i not in merging:
+                x = self._call(block, x, attention, log_size, form)
             else:
-                x, size, match = out
+                step = MergeStep(splits[len(matches)], size, config.similarity, config.backend, prefix)
+                x, size, match = self._call(block, x, attention, log_size, form, step)
                 matches.append(match)
-                kept = kept_positions(height, width, len(matches), prefix, x.device)
-                patches = kept_positions(height, width, len(matches), 0, x.device)
-                if config.proportional_attention is not None:
-                    sizes = SizeBias(size.squeeze(-1).log(), config.proportional_attention)
+                if form is not None:
+                    log_size = size.squeeze(-1).log()
+                if embedded.rope is not None:
+                    patches = kept_positions(height, width, len(matches), 0, x.device)
+                if embedded.rel_pos is not None:
+                    kept = kept_positions(height, width, len(matches), prefix, x.device)
                 if attn_mask is not None:
-                    mask = _select(attn_mask, kept)
+                    mask = select_rows_and_columns(attn_mask, kept_positions(height, width, len(matches), prefix, x.device))
             if i in take:
                 intermediates.append(unmerge(self.norm(x) if normed else x, splits, matches, prefix))
         return Encoded(x, size, splits, matches, prefix, intermediates)
 
     def _call(
-        self, block: nn.Module, x: Tensor, attention: dict[str, Any], sizes: SizeBias | None, kept: Tensor | None,
-        split: Split | None, size: Tensor | None,
+        self, block: nn.Module, x: Tensor, attention: dict[str, Any], log_size: Tensor | None, form: str | None,
+        step: MergeStep | None = None,
     ) -> Any:  # fmt: skip
-        """One block, under gradient checkpointing where the model asks for it."""
-        config = self.fpet_config
+        """One block, under gradient checkpointing where the model asks for it: its tokens; with ``step`` what it merged too."""
 
         def run(x: Tensor, log_size: Tensor | None, size: Tensor | None) -> Any:
-            step = None if split is None else MergeStep(split, size, config.similarity, config.backend)
-            bias = None if sizes is None or log_size is None else SizeBias(log_size, sizes.form)
-            return block(x, **attention, sizes=bias, kept=kept, merge=step)
+            given = attention if log_size is None else {**attention, "sizes": SizeBias(log_size, form or "auto")}
+            if step is None:
+                return block(x, **given)
+            record = MergeRecord()
+            x = block(x, **given, merge=step._replace(size=size), record=record)
+            assert record.merged is not None
+            return x, record.merged.size, record.merged.match
 
-        log_size = None if sizes is None else sizes.log_size
+        size = None if step is None else step.size
         if self.grad_checkpointing:
-            # Whatever needs a gradient is an argument, so that re-entrant checkpointing sees it.
+            # Whatever needs a gradient is an argument and a result, so that re-entrant checkpointing sees it.
             return checkpoint(run, x, log_size, size)
         return run(x, log_size, size)
 
@@ -161,6 +191,10 @@ class MergingModel(Foreign):
         else:  # a head that looks at every token gets every token
             return self.forward_head(encoded.unmerge(x))
         return self.head(self.head_drop(self.fc_norm(x)))
+
+    def _merges(self) -> bool:
+        """Whether anything is to be done that timm's own forward does not do."""
+        return bool(self.fpet_config.layers)
 
     def _features(self, encoded: Encoded) -> Tensor:
         """(B, N, D) as timm's forward_features returns them: pooling over these weighs merged tokens by their size."""
@@ -199,29 +233,36 @@ class _MaskedModel(MergingModel):
     After a merge a token keeps the row and the column of the destination it was merged into.
     """
 
-    _masks = True
-
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if not self._merges():
+            return super().forward_features(x, attn_mask, is_causal)  # type: ignore[misc]
         return self._features(self._encode(x, attn_mask, is_causal))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
+        if not self._merges():
+            return super().forward(x, attn_mask, is_causal)
         return self._classify(self._encode(x, attn_mask, is_causal))
 
 
 class _PlainModel(MergingModel):
-    _masks = False
-
     def forward_features(self, x: Tensor) -> Tensor:
+        if not self._merges():
+            return super().forward_features(x)  # type: ignore[misc]
         return self._features(self._encode(x))
 
     def forward(self, x: Tensor) -> Any:
+        if not self._merges():
+            return super().forward(x)
         return self._classify(self._encode(x))
 
     def forward_intermediates(
         self, x: Tensor, indices: int | list[int] | None = None, return_prefix_tokens: bool = False, norm: bool = False,
         stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False,
     ) -> Any:  # fmt: skip
-        return self._intermediates(x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only)
+        options = (x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only)
+        if not self._merges():
+            return super().forward_intermediates(*options)  # type: ignore[misc]
+        return self._intermediates(*options)
 
 
 class FPETVisionTransformer(_MaskedModel, VisionTransformer):
@@ -236,10 +277,10 @@ class FPETVisionTransformer(_MaskedModel, VisionTransformer):
         stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False, output_dict: bool = False,
         attn_mask: Tensor | None = None, is_causal: bool = False,
     ) -> Any:  # fmt: skip
-        return self._intermediates(
-            x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict, attn_mask,
-            is_causal,
-        )  # fmt: skip
+        options = (x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict)
+        if not self._merges():
+            return super().forward_intermediates(*options, attn_mask=attn_mask, is_causal=is_causal)
+        return self._intermediates(*options, attn_mask, is_causal)
 
 
 class FPETVisionTransformerDistilled(FPETVisionTransformer, VisionTransformerDistilled):
@@ -273,9 +314,10 @@ class FPETEva(_MaskedModel, Eva):
         stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False,
         attn_mask: Tensor | None = None, is_causal: bool = False,
     ) -> Any:  # fmt: skip
-        return self._intermediates(
-            x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, False, attn_mask, is_causal
-        )
+        options = (x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only)
+        if not self._merges():
+            return super().forward_intermediates(*options, attn_mask=attn_mask, is_causal=is_causal)
+        return self._intermediates(*options, False, attn_mask, is_causal)
 
 
 class FPETBeit(_PlainModel, Beit):
@@ -305,14 +347,6 @@ TIMM_MODELS = ClassSwap(FPETVisionTransformer, FPETVisionTransformerDistilled, F
 """timm's models and the classes that take over."""
 
 
-def _select(attn_mask: Tensor, kept: Tensor) -> Tensor:
-    """Rows and columns of the tokens that are left; a dimension of 1 is broadcast, and stays."""
-    for dim in (-2, -1):
-        if attn_mask.dim() >= -dim and attn_mask.shape[dim] != 1:
-            attn_mask = attn_mask.index_select(dim, kept)
-    return attn_mask
-
-
 def merged_features(model: nn.Module, images: Tensor) -> MergedFeatures:
     """Runs a patched model up to its final norm and returns the tokens that are left, with what each stands for.
 
@@ -325,11 +359,12 @@ def merged_features(model: nn.Module, images: Tensor) -> MergedFeatures:
     """
     inner = next((m for m in model.modules() if isinstance(m, MergingModel)), None)
     if inner is None:
-        raise TypeError(f"model: expected a model patched by fpet.apply, got {type(model).__name__}")
+        other = "; for transformers' models there is fpet.huggingface.merged_features" if of_transformers(model) else ""
+        raise TypeError(f"model: expected a model patched by fpet.apply, got {type(model).__name__}{other}")
     encoded = inner._encode(images)
     tokens = inner.norm(encoded.x)
     batch, left = tokens.shape[:2]
     size = tokens.new_ones(batch, left, 1, dtype=torch.float32) if encoded.size is None else encoded.size
-    # Unmerging the indices themselves, as float64 so that every one of them is exact.
-    index = torch.arange(left, device=tokens.device, dtype=torch.float64)[None, :, None].expand(batch, -1, 1)
+    # Unmerging the indices themselves; float32 has each of them exactly, and every device has float32.
+    index = torch.arange(left, device=tokens.device, dtype=torch.float32)[None, :, None].expand(batch, -1, 1)
     return MergedFeatures(tokens, size, encoded.unmerge(index).squeeze(-1).long())

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from timm.layers import PatchDropout, PatchDropoutWithIndices
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .block import convert, key_channels, restore, why_not
+from .block import convert, is_converted, key_channels, restore, why_not
 from .config import MergeConfig, attention_form, check_layers, check_similarity, new_refinements, set_refinements
+from .foreign import of_transformers, refuse_wrapped
 from .merging import merge_splits
 from .models import TIMM_MODELS, MergingModel
 
-__all__ = ["apply", "find_model", "merged", "remove"]
+__all__ = ["also_removes", "apply", "find_model", "merged", "remove"]
 
 _REASONS = {
     "VisionTransformerSAM": "its blocks attend within windows, which need the whole grid",
@@ -74,14 +74,14 @@ def apply(
         height, width = inner.patch_embed.grid_size
         merge_splits(height, width, len(layers))
     modules = new_refinements(refinement, layers, inner.blocks, key_channels)
-    if modules and isinstance(inner, FSDPModule):
-        raise TypeError(
-            f"model: {type(inner).__name__} is sharded and takes no new parameters; call fpet.apply before fully_shard"
-        )
+    if modules:
+        refuse_wrapped(model, "fpet.apply")
+        refuse_wrapped(inner, "fpet.apply")
 
-    for block in inner.blocks:
+    for i, block in enumerate(inner.blocks):
         convert(block)
         block.fpet_merging = True
+        block.fpet_layer = i if i in layers else None
     TIMM_MODELS.swap(inner)
     inner.fpet_config = MergeConfig(layers, form, similarity, backend)
     set_refinements(inner.blocks, modules, others=refinement is not False)
@@ -91,8 +91,11 @@ def apply(
 def remove(model: nn.Module) -> nn.Module:
     """Undoes :func:`apply`: classes are timm's again and refinements are gone; adapters stay. Returns ``model``.
 
-    Does nothing to a model that isn't patched.
+    Does nothing to a model that isn't patched. Undoes :func:`fpet.huggingface.apply` too.
     """
+    for kind, undo in _OTHERS:
+        if any(isinstance(m, kind) for m in model.modules()):
+            return undo(model)
     inner = _patched(model)
     if inner is None:
         return model
@@ -106,6 +109,7 @@ def remove(model: nn.Module) -> nn.Module:
     set_refinements(inner.blocks, {}, others=False)
     for block in inner.blocks:
         block.__dict__.pop("fpet_merging", None)
+        block.__dict__.pop("fpet_layer", None)
         restore(block)
     return model
 
@@ -128,7 +132,17 @@ def merged(model: nn.Module, layer: int | Iterable[int] | None = None, **setting
         else:
             assert inner is not None
             inner.fpet_config = config
+            for i, block in enumerate(inner.blocks):
+                block.fpet_layer = i if i in config.layers else None
             set_refinements(inner.blocks, {i: module for i, module in before.items() if module is not None}, others=False)
+
+
+_OTHERS: list[tuple[type[nn.Module], Callable[[nn.Module], nn.Module]]] = []
+
+
+def also_removes(kind: type[nn.Module], undo: Callable[[nn.Module], nn.Module]) -> None:
+    """:func:`remove` calls ``undo`` for a model that holds a module of ``kind``."""
+    _OTHERS.append((kind, undo))
 
 
 def find_model(model: nn.Module) -> nn.Module:
@@ -137,8 +151,7 @@ def find_model(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: there is none, there are several, or a data-parallel wrapper is around it.
     """
-    if isinstance(model, (DistributedDataParallel, DataParallel)):
-        raise TypeError(f"model: expected an unwrapped model, got {type(model).__name__}; call fpet.apply before wrapping")
+    refuse_wrapped(model, "fpet.apply", new_parameters=False)
     found = [m for m in model.modules() if TIMM_MODELS.known(m) or isinstance(m, MergingModel)]
     if len(found) == 1:
         return found[0]
@@ -146,10 +159,12 @@ def find_model(model: nn.Module) -> nn.Module:
     if found:
         raise TypeError(f"model: {name} holds {len(found)} vision transformers; call fpet.apply on each")
     reason = _REASONS.get(name)
+    if reason is None and of_transformers(model):
+        reason = "it is of transformers: for BLIP, CLIP, SigLIP and ViT call fpet.huggingface.apply"
+    if reason is None and isinstance(model, FSDPModule):
+        reason = "it is sharded; call fpet.apply before fully_shard"
     if reason is None and (base := TIMM_MODELS.base_of(type(model))) is not None:
         reason = f"it is a subclass of timm's {base.__name__}, and what it changes there is unknown"
-        if isinstance(model, FSDPModule):
-            reason = "it is sharded; call fpet.apply before fully_shard"
     if reason is None:
         reason = f"no knowledge of it; known are {TIMM_MODELS.names()}"
     raise TypeError(f"model: {name} can't be merged: {reason}")
@@ -168,6 +183,8 @@ def _why_not(inner: Any) -> str | None:
     if isinstance(getattr(inner, "patch_drop", None), (PatchDropout, PatchDropoutWithIndices)):
         return "patch dropout leaves no grid to merge on; build it with patch_drop_rate=0"
     for i, block in enumerate(inner.blocks):
+        if not is_converted(block) and isinstance(block, FSDPModule):
+            return f"it is sharded (blocks.{i}); call fpet.apply before fully_shard"
         if (reason := why_not(block)) is not None:
             return f"{reason} (blocks.{i})"
     return None

@@ -94,6 +94,10 @@ def tensors(output):
     return [value for value in output.to_tuple() if torch.is_tensor(value)]
 
 
+def tokens_of(output):
+    return output[0] if isinstance(output, tuple) else output  # CLIP's layers in transformers 4
+
+
 def same(a, b):
     return len(a) == len(b) > 0 and all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
@@ -311,7 +315,7 @@ def test_later_layers_see_half_of_the_patches(model, images, layers):
     encoder = hf.find_vision_encoder(model)
     seen = []
     for layer in hf.vision_layers(encoder):
-        layer.register_forward_hook(lambda module, args, out: seen.append((args[0].shape[1], out[0].shape[1])))
+        layer.register_forward_hook(lambda module, args, out: seen.append((args[0].shape[1], tokens_of(out).shape[1])))
     got = hf.merged_features(model, images)
     prefix = got.source.shape[1] - GRID * GRID
     full, once, twice = prefix + 25, prefix + 12, prefix + 6  # of 25 patches 12 are left, of these the 6 in odd rows
@@ -527,18 +531,25 @@ def test_an_attention_that_cannot_weigh_is_refused():
     hf.apply(model, 1, attention="sdpa")
 
 
-def test_a_replaced_forward_is_refused():
-    model = FAMILIES["blip"]()
-    layer = model.encoder.layers[0]
-    layer.forward = lambda *args, **kwargs: args[0]
-    with pytest.raises(TypeError, match="forward of its BlipEncoderLayer was replaced"):
-        hf.apply(model, 1)
+def test_a_replaced_forward_is_refused_where_it_would_lose_something(images):
+    model = FAMILIES["blip"]().double()
+    layers, own = model.encoder.layers, model.encoder.layers[0].forward
+    layers[0].forward = lambda hidden_states, *args, **kwargs: own(hidden_states, *args, **kwargs)
+    before = model(images).last_hidden_state
+    assert torch.equal(hf.apply(model, None)(images).last_hidden_state, before)
+    hf.apply(model, 1)(images)  # a layer before the merge is called as transformers calls it
+    layers[2].self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    with pytest.raises(
+        RuntimeError, match="attention of layer 2: its forward was replaced by one without the argument 'sizes'"
+    ):
+        model(images)
+    hf.apply(model, 1, proportional_attention=False)(images)
+    with pytest.raises(RuntimeError, match="layer 0: its forward was replaced"):
+        hf.apply(model, 0)(images)
 
 
 def test_arguments_that_merging_would_not_honour(images):
     model = hf.apply(FAMILIES["vit"]().double(), 1)
-    with pytest.raises(TypeError, match="attention_mask"):
-        model(images, attention_mask=torch.ones(2, 26))
     with pytest.raises(ValueError, match="pixel_values"):
         model(None)
     with pytest.raises(TypeError, match=r"patched by fpet\.huggingface\.apply"):
