@@ -211,7 +211,7 @@ def _draw(
     rows = (torch.arange(height) // ratio[0]).clamp(max=source_map.shape[0] - 1)
     columns = (torch.arange(width) // ratio[1]).clamp(max=source_map.shape[1] - 1)
     groups = source_map[rows[:, None], columns]
-    flat, colours = groups.flatten(), pixels.flatten(1).T.double()
+    flat, colours = groups.flatten(), pixels.flatten(1).T
     count = int(flat.max()) + 1
     total = colours.new_zeros(count, 3).index_add_(0, flat, colours)
     means = total / torch.bincount(flat, minlength=count).clamp(min=1)[:, None]

@@ -130,16 +130,9 @@ def remove(model: nn.Module) -> nn.Module:
 def convert(encoder: Any) -> None:
     """Swaps the classes of a vision encoder, its layers and their attentions; nothing is merged by that yet."""
     for module in _parts(encoder):
-        _forget_recorded(module)
         (ENCODERS | _INNER).swap(module)
     if not hasattr(encoder, "fpet_config"):
         encoder.fpet_config = VisionMergeConfig()
-
-
-def _forget_recorded(module: nn.Module) -> None:
-    """transformers 4 leaves a module's own forward behind on the instance once it has recorded hidden states."""
-    if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
-        del module.__dict__["forward"]
 
 
 def restore(encoder: Any) -> None:
@@ -149,7 +142,6 @@ def restore(encoder: Any) -> None:
     if encoder.fpet_config.layers or filled:
         return
     for module in _parts(encoder):
-        _forget_recorded(module)
         (ENCODERS | _INNER).restore(module)
     del encoder.fpet_config
 

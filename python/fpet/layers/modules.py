@@ -73,13 +73,11 @@ class BottleneckAdapter(PETModule):
 
     def down_weight(self) -> Tensor:
         """(hidden_dim, in_dim), quantised where the layer is."""
-        layer = self.adapter_down
-        return layer.quantized_weight() if isinstance(layer, QuantizedLinear) else layer.weight
+        return _weight(self.adapter_down)
 
     def up_weight(self) -> Tensor:
         """(out_dim, hidden_dim), quantised where the layer is."""
-        layer = self.adapter_up
-        return layer.quantized_weight() if isinstance(layer, QuantizedLinear) else layer.weight
+        return _weight(self.adapter_up)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in_dim) → (…, out_dim)."""
@@ -91,6 +89,18 @@ class BottleneckAdapter(PETModule):
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, dropout={self.dropout}, scale={self.scale}"
+
+
+def _weight(layer: nn.Linear | QuantizedLinear) -> Tensor:
+    """What the layer computes with."""
+    hook = getattr(layer, "_hf_hook", None)  # accelerate's: it fetches an offloaded weight for a forward, which this is not
+    if hook is not None:
+        hook.pre_forward(layer)
+    try:
+        return layer.quantized_weight() if isinstance(layer, QuantizedLinear) else layer.weight
+    finally:
+        if hook is not None:
+            hook.post_forward(layer, None)
 
 
 class RepAdapter(PETModule):

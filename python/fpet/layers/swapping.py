@@ -65,8 +65,10 @@ class ClassSwap:
 def _become(module: nn.Module, cls: Any) -> None:
     if cls is None:
         return
+    before: Any = type(module)
     module.__class__ = cls
-    # accelerate's hooks call the bound forward that the module had when they came.
-    kept = module.__dict__.get("_old_forward")
-    if kept is not None and getattr(kept, "__self__", None) is module:
-        module.__dict__["_old_forward"] = cls.forward.__get__(module)
+    # Bound forwards of the class before, which accelerate's hooks call, or leave behind, as transformers 4's recorders do.
+    for name in ("forward", "_old_forward"):
+        kept: Any = module.__dict__.get(name)
+        if getattr(kept, "__self__", None) is module and kept.__func__ is before.forward:
+            module.__dict__[name] = cls.forward.__get__(module)

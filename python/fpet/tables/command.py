@@ -38,7 +38,7 @@ from .measure import MODELS, Variant
 from .published import lookup
 from .render import QUANTITIES
 
-__all__ = ["QUANTITIES", "TABLES", "Table", "add_arguments", "main", "markdown", "run", "variants_of"]
+__all__ = ["QUANTITIES", "TABLES", "Table", "add_arguments", "markdown", "run", "variants_of"]
 
 Row = dict[str, Any]
 PAPER_BATCH = {"time": 256, "memory": 64}
@@ -559,10 +559,3 @@ def _report(rows: Sequence[Row], options: argparse.Namespace) -> None:
             raise RuntimeError("--plot: expected rows with a time per image, got none")
         (device, dtype, attention), of_setting = next(iter(found.items()))
         render.picture(of_setting, f"{device}, {dtype}, {attention} attention", Path(options.plot))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``python benchmarks/paper_tables.py``: the same as ``fpet tables``."""
-    from ..cli import main as command
-
-    return command(["tables", *(sys.argv[1:] if argv is None else argv)])

@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-import fpet
-
 from .. import comparators
+from ..adapters import add_adapters, fold
 from ..adapters.folding import folds
+from ..adapters.freezing import freeze
 from ..comparators.ltmp import PENALTY
 from ..measure.flops import flop_counter
 from ..measure.memory import reserved_memory, step_memory
 from ..measure.timing import Call
+from ..vit.models import merged_features
 
 __all__ = [
     "MODELS", "Backbone", "Variant", "backbone", "build", "complaint", "forward_call", "gmac", "inputs", "reserved_bytes",
@@ -106,17 +107,17 @@ def build(base: nn.Module, variant: Variant, *, training: bool, share: bool = Tr
     for p in base.parameters():  # parameters of its own, as each variant trains others
         memo[id(p)] = nn.Parameter(p.data if share and not folded else p.data.clone())
     model = copy.deepcopy(base, memo)
-    fpet.add_adapters(model, variant.method)
+    add_adapters(model, variant.method)
     comparators.apply_reduction(model, variant.reduction, variant.layer)
     if not training:
         model.eval()
         if folded:
-            fpet.fold(model)
+            fold(model)
             if share:  # a fold changes values, which no time depends on, and may add biases
                 for name, p in base.named_parameters():
                     model.get_parameter(name).data = p.data
         return model.requires_grad_(False)
-    fpet.freeze(model)
+    freeze(model)
     if share:
         theirs = {p.data_ptr() for p in base.parameters()}
         for p in model.parameters():
@@ -132,7 +133,7 @@ def complaint(model: nn.Module, variant: Variant, image: Tensor) -> str | None:
         return f"{variant}: its logits are not finite"
     if variant.reduction in ("none", "ltmp"):  # LTMP throws tokens away on purpose
         return None
-    found = fpet.merged_features(model, image)
+    found = merged_features(model, image)
     counted, before = found.size.sum(1).flatten().tolist(), found.source.shape[1]
     if any(round(n) != before for n in counted):
         return f"{variant}: its sizes sum to {counted}, not to {before} tokens"

@@ -81,10 +81,16 @@ def new_refinements(
             continue
         like = next(block.parameters())
         # Parameters of a quantised backbone may be integers; float32 is then the trainable choice.
-        module = KeyRefinement(channels(block), **arguments).to(device=like.device)
+        module = KeyRefinement(channels(block), **arguments).to(device=_device(block, like))
         modules[i] = module.to(dtype=like.dtype) if like.dtype.is_floating_point else module
         modules[i].train(block.training)
     return modules
+
+
+def _device(block: nn.Module, like: nn.Parameter) -> Any:
+    """Where ``block`` computes: for weights that accelerate keeps elsewhere its hook knows."""
+    hooks = (getattr(module, "_hf_hook", None) for module in block.modules()) if like.is_meta else ()
+    return next((d for hook in hooks if (d := getattr(hook, "execution_device", None)) is not None), like.device)
 
 
 def set_refinements(blocks: Iterable[Any], modules: dict[int, nn.Module], others: bool) -> None:

@@ -36,10 +36,8 @@ def refuse_wrapped(model: nn.Module, call: str, *, new_parameters: bool = True) 
     for module in model.modules():
         kind = _wrapper(type(module))
         if kind is not None and (new_parameters or kind != "FSDPModule"):
-            where = "it is" if module is model else "it holds"
-            raise TypeError(
-                f"model: expected an unwrapped model, but {where} a {kind}; call {call} before wrapping or sharding"
-            )
+            where, before = "is" if module is model else "holds", "fully_shard" if kind == "FSDPModule" else "wrapping"
+            raise TypeError(f"model: expected an unwrapped model, but it {where} a {kind}; call {call} before {before}")
     if new_parameters:
         for wrapper in _wrappers_alive():
             if any(module is model for module in wrapper.modules()):
