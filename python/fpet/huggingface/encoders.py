@@ -236,12 +236,12 @@ class MergingEncoder(Foreign):
         output: Any
         if keep_merged:
             positions = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32)
-            source = encoded.unmerge(positions.expand(len(tokens), -1)[..., None]).squeeze(-1).long()
+            source = encoded.unmerge(positions.expand(tokens.shape[0], -1)[..., None]).squeeze(-1).long()
             size = encoded.size if encoded.size is not None else tokens.new_ones(*tokens.shape[:2], 1, dtype=_exact(tokens))
             output = MergedOutput(tokens, self._pool(tokens, encoded.size), size=size, source=source)
         else:
             output = BaseModelOutputWithPooling(encoded.unmerge(tokens), self._pool(tokens, encoded.size))
-        if asked_for(output_hidden_states, self.config, "output_hidden_states"):
+        if chosen:
             output.hidden_states = tuple(encoded.intermediates)
         if attentions:
             output.attentions = tuple(weights)
@@ -263,7 +263,7 @@ class MergingEncoder(Foreign):
     def _encode(
         self, pixel_values: Tensor, take: frozenset[int], attentions: bool, options: dict[str, Any]
     ) -> tuple[Encoded, list[Tensor | None]]:
-        """Runs the layers; in ``intermediates`` are the states after as many layers as ``take`` says, unmerged."""
+        """Runs the layers; in ``intermediates`` are the states before and after each, unmerged, None but for ``take``."""
         config, layers = self.fpet_config, vision_layers(self)
         if attentions:
             config = replace(config, attention="eager")
@@ -277,7 +277,8 @@ class MergingEncoder(Foreign):
         mask = None if attention_mask is None else self._mask(x, attention_mask)
         left, size, log_size = mask, None, None
         matches: list[Tensor] = []
-        states, weights = [x] if 0 in take else [], []
+        states: list[Any] = [x if 0 in take else None]
+        weights: list[Tensor | None] = []
         for i, layer in enumerate(layers):
             step = None
             if i in config.layers:
@@ -295,8 +296,7 @@ class MergingEncoder(Foreign):
                         log_size = size.squeeze(-1).log()
                     if mask is not None:
                         left = select_rows_and_columns(mask, kept_positions(height, width, len(matches), prefix, x.device))
-            if i + 1 in take:
-                states.append(unmerge(x, splits, matches, prefix))
+            states.append(unmerge(x, splits, matches, prefix) if i + 1 in take else None)
         return Encoded(x, size, splits, matches, prefix, states), weights
 
     def _mask(self, x: Tensor, attention_mask: Tensor) -> Tensor | None:
@@ -372,7 +372,7 @@ class FPETSiglipVisionModel(MergingEncoder, _SIGLIP_VISION):
         if size is None or self.fpet_config.proportional_attention is None:
             return head(tokens)
         mask = size.squeeze(-1).log().to(tokens.dtype)[:, None].repeat_interleave(head.attention.num_heads, dim=0)
-        probe = head.probe.expand(len(tokens), -1, -1)
+        probe = head.probe.expand(tokens.shape[0], -1, -1)
         pooled = head.attention(probe, tokens, tokens, attn_mask=mask)[0]
         return (pooled + head.mlp(head.layernorm(pooled)))[:, 0]
 
@@ -418,7 +418,7 @@ def asked_for(value: Any, config: Any, name: str, default: bool = False) -> bool
 
 def _indices(chosen: Any, depth: int) -> frozenset[int]:
     """Which of ``depth`` + 1 states output_hidden_states asks for: all, none, one or several; negative ones from the end."""
-    if chosen is None or isinstance(chosen, bool):
+    if not chosen or isinstance(chosen, bool):
         return frozenset(range(depth + 1) if chosen else ())
     several = (chosen,) if isinstance(chosen, int) else chosen
     return frozenset(i % (depth + 1) for i in several if -depth - 1 <= i <= depth)

@@ -69,8 +69,9 @@ def _with_size_column(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor, scale: 
 def _takes_column(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, sizes: SizeBias) -> bool:
     fits = attn_mask is None and q.shape[-1] == k.shape[-1] == v.shape[-1]
     if sizes.form == "auto":
-        # Elsewhere the fused kernel takes a mask, as long as no gradient flows to it.
-        return fits and (q.device.type == "cuda" or (torch.is_grad_enabled() and sizes.log_size.requires_grad))
+        # Elsewhere the fused kernel takes a mask, as long as no gradient flows to it. A trace is checked without gradients.
+        learned = torch.is_grad_enabled() and sizes.log_size.requires_grad and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        return fits and (q.device.type == "cuda" or learned)
     return fits and sizes.form == "column"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +48,7 @@ class MergeStep(NamedTuple):
             similarity=self.similarity, backend=self.backend,
         )  # fmt: skip
         learned = weights is not None and (weights.w_down.requires_grad or weights.w_up.requires_grad)
-        if learned or (self.size is not None and self.size.requires_grad):
+        if learned or (self.size is not None and self.size.requires_grad) or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return merged
         # A gradient at these sizes would reach nothing, and costs attention its fastest kernels.
         return merged._replace(size=merged.size.detach())
@@ -88,10 +90,22 @@ class SizeBias(NamedTuple):
     form: str = "auto"
 
 
+@contextmanager
+def _for_all() -> Iterator[None]:
+    """What is made here serves all later calls: real tensors, and no part of what torch.jit.trace records."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        with real_cpu_tensors():
+            yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
 @functools.lru_cache(maxsize=256)
 def _plan(height: int, width: int, count: int) -> tuple[tuple[Split, ...], tuple[Tensor, ...]]:
     """``count`` splits, and after each one the grid positions (int64, CPU) of the patch tokens that are left."""
-    with real_cpu_tensors():
+    with _for_all():
         splits, kept, left = [], [], torch.arange(height * width)
         for step in range(count):
             if step % 2:
@@ -108,7 +122,7 @@ def _plan(height: int, width: int, count: int) -> tuple[tuple[Split, ...], tuple
 @functools.lru_cache(maxsize=256)
 def _kept(height: int, width: int, count: int, num_prefix_tokens: int, device: torch.device) -> Tensor:
     patches = _plan(height, width, count)[1][count - 1]
-    with real_cpu_tensors():
+    with _for_all():
         return torch.cat((torch.arange(num_prefix_tokens), patches + num_prefix_tokens)).to(device)
 
 
