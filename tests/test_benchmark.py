@@ -447,7 +447,8 @@ def test_a_case_that_does_not_fit_is_left_out(monkeypatch):
 
 
 def test_features_are_computed_when_a_batch_needs_them_and_once(monkeypatch):
-    bench = kernel_vs_ref.Bench(SimpleNamespace(device=CPU, batch=[1, 4], timing=["plain"], baselines=[]), ["reference"])
+    options = SimpleNamespace(device=CPU, batch=[1, 4], minutes=None, timing=["plain"], baselines=[])
+    bench = kernel_vs_ref.Bench(options, ["reference"])
     built = []
     monkeypatch.setattr(cases, "seeded_vit", lambda case, build=cases.seeded_vit: (built.append(case), build(case))[1])
     one = bench.features(TINY, 1)
