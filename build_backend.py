@@ -7,6 +7,7 @@ none, pip is about to download it as a dependency anyway, and the build asks for
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -15,19 +16,13 @@ import shutil
 import site
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from setuptools import build_meta
-from setuptools.build_meta import (
-    build_editable,
-    build_sdist,
-    build_wheel,
-    get_requires_for_build_sdist,
-    prepare_metadata_for_build_editable,
-    prepare_metadata_for_build_wheel,
-)
+from setuptools.build_meta import build_editable, get_requires_for_build_sdist, prepare_metadata_for_build_editable
 
 __all__ = [
     "build_editable",
@@ -116,6 +111,40 @@ def find_nvcc() -> str | None:
         return shutil.which(given)
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     return shutil.which("nvcc") or next(filter(None, (shutil.which(f"{home}/bin/nvcc") for home in homes if home)), None)
+
+
+@contextlib.contextmanager
+def _writable_tree() -> Iterator[None]:
+    """setuptools writes into the source tree: where that can't be, into a copy of it."""
+    here = Path.cwd()
+    if os.access(here, os.W_OK):
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "tree")
+        shutil.copytree(here, copy, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info"))
+        for path in (copy, *copy.rglob("*")):
+            path.chmod(path.stat().st_mode | 0o200)
+        os.chdir(copy)
+        try:
+            yield
+        finally:
+            os.chdir(here)
+
+
+def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
+    with _writable_tree():
+        return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+
+
+def build_sdist(sdist_directory: str, config_settings: Any = None) -> str:
+    with _writable_tree():
+        return build_meta.build_sdist(sdist_directory, config_settings)
+
+
+def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: Any = None) -> str:
+    with _writable_tree():
+        return build_meta.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
 
 
 def _torch_if_missing() -> list[str]:

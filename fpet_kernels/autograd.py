@@ -234,7 +234,7 @@ def _register(name: str, function: type[_ReverseMode], fake: Callable, plain: Ca
 
     def at_one_level(keyset: Any, *args: Any) -> Any:
         if not transformed():
-            return function.apply(None, *args)
+            return function.apply(None, *args) if torch.is_grad_enabled() or forward_mode() else plain(*args)
 
         reverse, forward = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
 

@@ -165,7 +165,7 @@ def _find_triton() -> bool:
 _HAS_TRITON = _find_triton()
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
 _NO_TRITON = Status(False, "the package triton is not installed", "pip install triton")
-if "triton" in sys.modules and not _HAS_TRITON:
+if sys.modules.get("triton") is not None and not _HAS_TRITON:
     _NO_TRITON = Status(False, "sys.modules['triton'] is not the package triton", "import fpet_kernels before it is replaced")
 
 

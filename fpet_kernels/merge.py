@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from . import backends
 from .autograd import BDMMerge, BDMUnmerge, forward_mode
 from .reference import bdm_merge_reference, bdm_unmerge_reference
-from .split import Split, check_sides
+from .split import Split, as_integer, check_sides, rebuild_split
 from .tracing import observed, requires_gradient
 
 __all__ = ["KeyRefinement", "Merged", "bdm_merge", "bdm_unmerge"]
@@ -100,6 +100,7 @@ def bdm_merge(
             backend asked for can't run here. The message names the argument, what was expected and what came.
     """
     batch, n, channels = _check_tokens(x, key)
+    num_prefix_tokens = _check_prefix(num_prefix_tokens)
     where, num_patches, _ = _resolve_split(grid_size, split, num_prefix_tokens)
     if n != num_prefix_tokens + num_patches:
         raise ValueError(
@@ -176,6 +177,7 @@ def bdm_unmerge(
     for name, value in (("tokens", tokens), ("match", match)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        _check_dense(name, value)
     if tokens.dim() != 3:
         raise ValueError(f"tokens: expected (B, M, D), got shape {tuple(tokens.shape)}")
     if tokens.dtype not in _DTYPES:
@@ -184,6 +186,7 @@ def bdm_unmerge(
         raise TypeError(f"match: expected int64, got {match.dtype}")
     if match.device != tokens.device:
         raise ValueError(f"match: expected device {tokens.device}, as tokens, got {match.device}")
+    num_prefix_tokens = _check_prefix(num_prefix_tokens)
     where, num_patches, num_a = _resolve_split(grid_size, split, num_prefix_tokens)
     batch, merged = tokens.shape[0], num_prefix_tokens + num_patches - num_a
     if tokens.shape[1] != merged:
@@ -211,6 +214,9 @@ def _check_tokens(x: Tensor, key: Tensor) -> tuple[int, int, int]:
     if not isinstance(x, Tensor) or not isinstance(key, Tensor):
         name, got = ("key", key) if isinstance(x, Tensor) else ("x", x)
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(got).__name__}")
+    if x.layout is not torch.strided or key.layout is not torch.strided or x.is_nested or key.is_nested:
+        _check_dense("x", x)
+        _check_dense("key", key)
     if x.dim() != 3:
         raise ValueError(f"x: expected (B, N, D), got shape {tuple(x.shape)}")
     if x.dtype not in _DTYPES or key.dtype not in _DTYPES:
@@ -229,12 +235,26 @@ def _check_tokens(x: Tensor, key: Tensor) -> tuple[int, int, int]:
     return batch, n, channels
 
 
+def _check_dense(name: str, t: Tensor) -> None:
+    if t.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a nested one ({t.layout}): torch.nested.to_padded_tensor, or one by one"
+        )
+    if t.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {t.layout}: use {name}.to_dense()")
+
+
+def _check_prefix(num_prefix_tokens: Any) -> Any:
+    checked = as_integer(num_prefix_tokens)
+    if checked is None:
+        raise TypeError(f"num_prefix_tokens: expected an int, got {num_prefix_tokens!r}")
+    return checked
+
+
 def _resolve_split(
     grid_size: tuple[int, int] | None, split: Split | None, num_prefix_tokens: int
 ) -> tuple[Split | tuple[int, int], int, int]:
     """The split, or the (H, W) of its checkerboard; how many patches it has, and how many of them are sources."""
-    if not isinstance(num_prefix_tokens, int | torch.SymInt):
-        raise TypeError(f"num_prefix_tokens: expected an int, got {num_prefix_tokens!r}")
     if num_prefix_tokens < 0:
         raise ValueError(f"num_prefix_tokens: expected at least 0, got {num_prefix_tokens}")
     if (grid_size is None) == (split is None):
@@ -244,10 +264,12 @@ def _resolve_split(
         if not isinstance(split, Split):
             raise TypeError(f"split: expected a fpet_kernels.Split, got {type(split).__name__}")
         return split.grid or split, split.num_tokens, split.a.shape[0]
-    if not isinstance(grid_size, Sequence) or len(grid_size) != 2:
-        raise ValueError(f"grid_size: expected (H, W), got {grid_size!r}")
-    height, width = grid_size
-    check_sides(height=height, width=width)
+    try:
+        height, width = grid_size  # type: ignore[misc]
+    except (TypeError, ValueError):
+        raise ValueError(f"grid_size: expected (H, W), got {grid_size!r}") from None
+    if not (type(height) is type(width) is int and height > 0 and width > 0):  # the usual case, at once
+        height, width = check_sides(height=height, width=width)
     if height * width < 4:
         raise ValueError(f"grid_size: {height}×{width} has fewer than two destinations; expected at least 4 patches")
     return (height, width), height * width, (height * width + 1) // 2
@@ -268,6 +290,7 @@ def _name(split: Split | tuple[int, int]) -> str:
 def _check(name: str, t: Tensor, shape: tuple[int, ...], x: Tensor, *, allow_bool: bool = False) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+    _check_dense(name, t)
     if t.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(t.shape)}")
     if t.dtype not in _DTYPES and not (allow_bool and t.dtype == torch.bool):
@@ -283,7 +306,11 @@ def _check_refinement(
         raise TypeError(f"refinement: expected a fpet_kernels.KeyRefinement, got {type(refinement).__name__}")
     w_down, w_up, scale, mask = refinement
     if not isinstance(scale, int | float):
-        raise TypeError(f"refinement.scale: expected a number, got {scale!r}")
+        if not isinstance(scale, numbers.Real | torch.SymFloat):
+            raise TypeError(f"refinement.scale: expected a number, got {scale!r}")
+        scale = scale if isinstance(scale, torch.SymFloat) else float(scale)  # NumPy's
+    if isinstance(w_down, Tensor):
+        _check_dense("refinement.w_down", w_down)
     if not isinstance(w_down, Tensor) or w_down.dim() != 2 or w_down.shape[0] < 1:
         got = tuple(w_down.shape) if isinstance(w_down, Tensor) else type(w_down).__name__
         raise ValueError(f"refinement.w_down: expected shape (h, {channels}) with h of at least 1, got {got}")
@@ -300,3 +327,7 @@ def _check_refinement(
                 "got one that does: detach it"
             )
     return w_down, w_up, scale, mask
+
+
+# torch.load(..., weights_only=True) gives these back, where fpet_kernels has been imported.
+torch.serialization.add_safe_globals([KeyRefinement, Merged, Split, rebuild_split])

@@ -22,6 +22,8 @@ import importlib.abc
 import importlib.machinery
 import sys
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -259,6 +261,16 @@ def _spread(arguments: BackwardArguments) -> tuple[Tensor | None, ...]:
     return (grad_x if needs.need_x else None, grad_in_size, None, None, None, None)
 
 
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd switched on, where an operator below it is called."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
+
+
 def _differentiate(arguments: BackwardArguments) -> tuple[Tensor | None, ...]:
     """The reference's own gradients."""
     grad_tokens, grad_size, i, _, p, needs = arguments
@@ -272,7 +284,7 @@ def _differentiate(arguments: BackwardArguments) -> tuple[Tensor | None, ...]:
     sources = (x, size, down, up, delta, key)
     asked = (needs.need_x, needs.need_size, needs.need_weights, needs.need_weights, needs.need_refined, needs.need_key)
     wanted = [ask and t is not None for ask, t in zip(asked, sources, strict=True)]
-    with torch.enable_grad():
+    with _autograd():
         leaves = [t.requires_grad_() for t, want in zip(sources, wanted, strict=True) if want and t is not None]
         inputs = Inputs(x, key, size, down, up, i.dropout_mask, delta)
         out, out_size, *_ = _reference(inputs, p, detach_key=not needs.need_key)
@@ -292,10 +304,11 @@ def _unmerge(tokens: Tensor, match: Tensor, *places: Any) -> Tensor:
 
 
 def _unmerge_backward(grad: Tensor, match: Tensor, *places: Any) -> Tensor:
-    leaf = unmerge_backward_output(grad, match, *places).zero_().requires_grad_()
-    with torch.enable_grad():
-        out = _unmerge(leaf, match, *places)
-    return torch.autograd.grad(out, leaf, grad)[0]
+    a, b = reference.positions(_split(*places[:4]), grad.device)
+    prefix = torch.arange(places[4], device=grad.device)
+    image = torch.arange(grad.shape[0], device=grad.device)[:, None]
+    out = grad[:, torch.cat((prefix, b + places[4]))]
+    return out.index_put_((image, match), grad[:, a + places[4]], accumulate=True)
 
 
 # --- FLOPs: multiply and add count as two, as everywhere in torch.utils.flop_counter ---------------------------------

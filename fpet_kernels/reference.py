@@ -159,7 +159,8 @@ def bdm_unmerge_reference(
     tokens: Tensor, match: Tensor, *, split: Split | tuple[int, int], num_prefix_tokens: int = 1
 ) -> Tensor:
     """(B, N, D): every original position gets the token it was merged into. IndexError, on the CPU: a match out of range."""
-    if match.device.type == "cpu" and not observed() and type(match) is Tensor and match.numel():
+    watched = observed() or type(match) is not Tensor or torch._C._len_torch_dispatch_stack()
+    if match.device.type == "cpu" and not watched and match.numel():
         low, high = int(match.min()), int(match.max())
         if low < 0 or high >= tokens.shape[1]:  # an index below zero would count from the end
             raise IndexError(f"match: index out of range: expected [0, {tokens.shape[1]}), got [{low}, {high}]")

@@ -7,12 +7,17 @@ is the prefix tokens followed by B in increasing position. Positions count the p
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import numbers
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+
+from .tracing import constant_while_compiling
 
 __all__ = ["Split", "alternating", "checkerboard", "checkerboard_3d", "second_checkerboard"]
 
@@ -47,32 +52,10 @@ class Split:
     def __init__(
         self, num_tokens: int, a: Sequence[int] | Tensor, b: Sequence[int] | Tensor, *, grid: tuple[int, int] | None = None
     ) -> None:
-        self.num_tokens = num_tokens
-        self.grid = grid
+        self.num_tokens = operator.index(num_tokens)
+        self.grid = None if grid is None else check_sides(height=grid[0], width=grid[1])
         self._by_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        with real_cpu_tensors():
-            self.a = torch.as_tensor(a, dtype=torch.int64, device="cpu").contiguous()
-            self.b = torch.as_tensor(b, dtype=torch.int64, device="cpu").contiguous()
-            self._check()
-
-    def _check(self) -> None:
-        if self.a.dim() != 1 or self.b.dim() != 1:
-            raise ValueError(f"split: expected 1-D position lists, got {self.a.dim()}-D a and {self.b.dim()}-D b")
-        if self.b.numel() < 2:
-            raise ValueError(f"split: needs at least two destinations, got {self.b.numel()} of {self.num_tokens} tokens")
-        for name, index in (("a", self.a), ("b", self.b)):
-            if index.numel() > 1 and not bool((index[1:] > index[:-1]).all()):
-                raise ValueError(f"split: positions of {name} must be strictly increasing")
-        seen = torch.cat((self.a, self.b)).sort().values
-        if seen.numel() != self.num_tokens or not torch.equal(seen, torch.arange(self.num_tokens)):
-            raise ValueError(
-                f"split: a and b must hold every position of range({self.num_tokens}) exactly once, "
-                f"got {self.a.numel()} + {self.b.numel()} positions"
-            )
-        if self.grid is not None:  # kernels compute positions from it instead of reading the lists
-            a, b = checkerboard_positions(*self.grid, torch.device("cpu"))
-            if not (torch.equal(a, self.a) and torch.equal(b, self.b)):
-                raise ValueError(f"split: a and b are not the checkerboard of grid={self.grid}; leave grid out")
+        self.a, self.b = _partition(self.num_tokens, a, b, self.grid)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """``(a, b)`` on ``device``; copied there once. Under FakeTensorMode, fake ones."""
@@ -80,7 +63,10 @@ class Split:
             return self.a.to(device), self.b.to(device)
         fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
         if fake is not None:
-            return fake.from_tensor(self.a).to(device), fake.from_tensor(self.b).to(device)
+            with real_cpu_tensors():
+                lists = self.a.tolist(), self.b.tolist()
+            a, b = (torch.tensor(positions, dtype=torch.int64, device=device) for positions in lists)
+            return a, b
         if device.type == "cpu":
             return self.a, self.b
         found = self._by_device.get(device)
@@ -89,7 +75,7 @@ class Split:
         return found
 
     def __reduce__(self) -> tuple:
-        return (_rebuild, (self.num_tokens, self.a.tolist(), self.b.tolist(), self.grid))
+        return (rebuild_split, (self.num_tokens, self.a.tolist(), self.b.tolist(), self.grid))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Split) and self.num_tokens == other.num_tokens and torch.equal(self.b, other.b)
@@ -102,14 +88,69 @@ class Split:
         return f"Split({self.num_tokens} tokens: {self.a.numel()} into {self.b.numel()}{grid})"
 
 
-def _rebuild(num_tokens: int, a: list[int], b: list[int], grid: tuple[int, int] | None) -> Split:
+def rebuild_split(num_tokens: int, a: list[int], b: list[int], grid: tuple[int, int] | None) -> Split:
     return Split(num_tokens, a, b, grid=grid)
 
 
-def check_sides(**sides: int) -> None:
-    for name, value in sides.items():
-        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < 1:
-            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+@constant_while_compiling
+def _partition(
+    num_tokens: int, a: Sequence[int] | Tensor, b: Sequence[int] | Tensor, grid: tuple[int, int] | None
+) -> tuple[Tensor, Tensor]:
+    """The two lists as tensors, checked."""
+    with real_cpu_tensors():
+        a, b = (torch.as_tensor(positions, dtype=torch.int64, device="cpu").contiguous() for positions in (a, b))
+        if a.dim() != 1 or b.dim() != 1:
+            raise ValueError(f"split: expected 1-D position lists, got {a.dim()}-D a and {b.dim()}-D b")
+        if b.numel() < 2:
+            raise ValueError(f"split: needs at least two destinations, got {b.numel()} of {num_tokens} tokens")
+        for name, index in (("a", a), ("b", b)):
+            if index.numel() > 1 and not bool((index[1:] > index[:-1]).all()):
+                raise ValueError(f"split: positions of {name} must be strictly increasing")
+        seen = torch.cat((a, b)).sort().values
+        if seen.numel() != num_tokens or not torch.equal(seen, torch.arange(num_tokens)):
+            raise ValueError(
+                f"split: a and b must hold every position of range({num_tokens}) exactly once, "
+                f"got {a.numel()} + {b.numel()} positions"
+            )
+        if grid is not None:  # kernels compute positions from it instead of reading the lists
+            sources, destinations = checkerboard_positions(*grid, torch.device("cpu"))
+            if not (torch.equal(sources, a) and torch.equal(destinations, b)):
+                raise ValueError(f"split: a and b are not the checkerboard of grid={grid}; leave grid out")
+        return a, b
+
+
+def as_integer(value: Any) -> int | torch.SymInt | None:
+    """``value`` where it is an integer, NumPy's included; else None."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return None
+
+
+def check_sides(**sides: Any) -> tuple[Any, ...]:
+    """The values, each an integer of at least 1."""
+    checked = tuple(map(as_integer, sides.values()))
+    for (name, given), value in zip(sides.items(), checked, strict=True):
+        if value is None or value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {given!r}")
+    return checked
+
+
+def _constant_sides(**sides: Any) -> tuple[int, ...]:
+    """Checked; a compiler specialises on them."""
+    return tuple(map(operator.index, check_sides(**sides)))
+
+
+def _made_once(make: Callable[..., Split]) -> Callable[..., Split]:
+    """``make`` is called once for the same sides; a compiler takes its result as a constant."""
+    remembered = functools.lru_cache(maxsize=256)(make)
+
+    @constant_while_compiling
+    def made(*sides: int) -> Split:
+        return remembered(*sides)
+
+    return made
 
 
 def _by_parity(parity: Tensor) -> Split:
@@ -127,18 +168,20 @@ def checkerboard_positions(height: int, width: int, device: torch.device) -> tup
     return row * width + col + row % 2, row * width + col + 1 - row % 2
 
 
-@functools.lru_cache(maxsize=256)
 def checkerboard(height: int, width: int) -> Split:
     """The paper's split (section 3.2): patch (row, col) is a source where row + col is even, a destination where odd.
 
     Both sets are in raster order. Odd sides are fine: a 7×7 grid has 25 sources and 24 destinations.
     """
-    check_sides(height=height, width=width)
+    return _checkerboard(*_constant_sides(height=height, width=width))
+
+
+@_made_once
+def _checkerboard(height: int, width: int) -> Split:
     with real_cpu_tensors():
         return Split(height * width, *checkerboard_positions(height, width, torch.device("cpu")), grid=(height, width))
 
 
-@functools.lru_cache(maxsize=256)
 def second_checkerboard(height: int, width: int) -> Split:
     """Splits what ``checkerboard(height, width)`` left, so that merging can be applied again.
 
@@ -146,23 +189,33 @@ def second_checkerboard(height: int, width: int) -> Split:
     rows are sources, odd rows destinations, so that every source's nearest neighbours are destinations. What this second
     merge leaves is an ordinary ``height // 2`` × ``ceil(width / 2)`` grid again.
     """
-    check_sides(height=height, width=width)
+    return _second_checkerboard(*_constant_sides(height=height, width=width))
+
+
+@_made_once
+def _second_checkerboard(height: int, width: int) -> Split:
     with real_cpu_tensors():
         _, left = checkerboard_positions(height, width, torch.device("cpu"))
         return _by_parity(left // width)
 
 
-@functools.lru_cache(maxsize=256)
 def alternating(num_tokens: int) -> Split:
     """Every second token, as in ToMe: even positions are sources, odd positions destinations."""
-    check_sides(num_tokens=num_tokens)
+    return _alternating(*_constant_sides(num_tokens=num_tokens))
+
+
+@_made_once
+def _alternating(num_tokens: int) -> Split:
     with real_cpu_tensors():
         return _by_parity(torch.arange(num_tokens))
 
 
-@functools.lru_cache(maxsize=256)
 def checkerboard_3d(frames: int, height: int, width: int) -> Split:
     """For video tokens, frame by frame in raster order: a source where frame + row + col is even."""
-    check_sides(frames=frames, height=height, width=width)
+    return _checkerboard_3d(*_constant_sides(frames=frames, height=height, width=width))
+
+
+@_made_once
+def _checkerboard_3d(frames: int, height: int, width: int) -> Split:
     with real_cpu_tensors():
         return _by_parity(torch.arange(frames)[:, None, None] + torch.arange(height)[:, None] + torch.arange(width))

@@ -213,6 +213,22 @@ def test_a_built_checkout_that_was_moved_builds_again(tree: Path, moved: str) ->
     assert (tree / "fpet_kernels" / "libfpet_ops.so").stat().st_size > 100_000
 
 
+def test_a_tree_that_can_not_be_written_to(tree: Path, tmp_path: Path) -> None:
+    """A wheel is built from a copy, with the libraries of an earlier build where they can't be compiled; the tree stays as it is."""
+    left_behind(tree)
+    before = sorted(str(path) for path in tree.rglob("*"))
+    code = (
+        "import os, build_backend; real = os.access\n"  # root may write anywhere
+        f"os.access = lambda path, mode: mode != os.W_OK or not str(path).startswith({str(tree)!r}) and real(path, mode)\n"
+        f"print(build_backend.build_wheel({str(tmp_path)!r}), os.getcwd())"
+    )
+    said = run(sys.executable, "-B", "-c", code, cwd=tree, CXX=NO_COMPILER)
+    assert said.splitlines()[-1].endswith(str(tree))
+    with zipfile.ZipFile(*tmp_path.glob("*.whl")) as wheel:
+        assert wheel.read("fpet_kernels/libfpet_ops.so") == b"built earlier"
+    assert sorted(str(path) for path in tree.rglob("*")) == before
+
+
 @pytest.mark.parametrize("mode", ["lenient", "strict"])
 def test_an_editable_install_has_the_libraries(tree: Path, tmp_path: Path, mode: str) -> None:
     """In strict mode setuptools links every file by itself, and must be told of the libraries."""
