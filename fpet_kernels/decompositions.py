@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import forward_outputs
+from .ops import Inputs, Problem, forward_outputs
 from .reference import average_heads, compute_dtype, match_scores, positions, refine_key
 
 __all__ = ["inference_decompositions"]
@@ -30,27 +30,27 @@ def inference_decompositions() -> dict[Any, Callable[..., Any]]:
     """
     named: dict[str, Callable[..., Any]] = {
         "bdm_forward": _forward, "bdm_forward_triton": _forward, "bdm_unmerge": _unmerge, "average_heads": _average,
+        "merge": lambda *args: _forward(*args[:-1]), "unmerge": _unmerge,
     }  # fmt: skip
     return {getattr(torch.ops.fpet, name).default: f for name, f in named.items() if hasattr(torch.ops.fpet, name)}
 
 
 def _place(
-    split_a: Tensor | None, split_b: Tensor | None, grid_h: int, grid_w: int, device: torch.device
+    device: torch.device, split_a: Tensor | None, split_b: Tensor | None, grid_h: int, grid_w: int
 ) -> tuple[Tensor, Tensor]:
     if split_a is not None and split_b is not None:
         return split_a, split_b
     return positions((grid_h, grid_w), device)
 
 
-def _forward(
-    x: Tensor, key: Tensor, size: Tensor | None, w_down: Tensor | None, w_up: Tensor | None, dropout_mask: Tensor | None,
-    key_delta: Tensor | None, split_a: Tensor | None, split_b: Tensor | None, grid_h: int, grid_w: int, num_prefix_tokens: int,
-    scale: float, cosine: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    p, dtype = num_prefix_tokens, compute_dtype(x, key, size, w_down, w_up, key_delta)
-    a, b = _place(split_a, split_b, grid_h, grid_w, x.device)
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, key, size, w_down, w_up, dropout_mask, key_delta = Inputs(*args[:7])
+    problem: Any = Problem(*args[7:14])
+    p, scale = problem.num_prefix_tokens, problem.scale
+    dtype = compute_dtype(x, key, size, w_down, w_up, key_delta)
+    a, b = _place(x.device, *problem[:4])
     refined = refine_key(average_heads(key, dtype), w_down, w_up, scale, dropout_mask, key_delta)
-    scores = match_scores(refined, a, b, p, "cosine" if cosine else "dot")
+    scores = match_scores(refined, a, b, p, "cosine" if problem.cosine else "dot")
     best = torch.where(scores.isnan(), float("-inf"), scores).argmax(dim=-1)
     # Sources are summed by a product with the one-hot match: runtimes scatter one element at a time.
     hard = (best[..., None] == torch.arange(scores.shape[-1], device=x.device)).to(dtype)
@@ -62,19 +62,14 @@ def _forward(
         return torch.cat((values[:, :p], kept), dim=1)
 
     total = merged(sizes)
-    like = forward_outputs(
-        x, key, size, w_down, w_up, dropout_mask, key_delta, split_a, split_b, grid_h, grid_w, p, scale, cosine
-    )  # fmt: skip
+    like = forward_outputs(*args[:14])
     tokens = (merged(weighted) / total).to(x.dtype)
     return tokens, total.to(like[1].dtype), best + p, like[3], like[4]
 
 
-def _unmerge(
-    tokens: Tensor, match: Tensor, split_a: Tensor | None, split_b: Tensor | None, grid_h: int, grid_w: int,
-    num_prefix_tokens: int,
-) -> Tensor:  # fmt: skip
-    p = num_prefix_tokens
-    a, b = _place(split_a, split_b, grid_h, grid_w, tokens.device)
+def _unmerge(tokens: Tensor, match: Tensor, *places: Any) -> Tensor:
+    p = places[4]
+    a, b = _place(tokens.device, *places[:4])
     rows = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
     stands_for = torch.cat((rows[:, :p], match, rows[:, p:]), dim=1)  # prefix, sources, destinations
     first = torch.arange(p, device=tokens.device)
