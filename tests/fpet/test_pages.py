@@ -1,7 +1,8 @@
 """The Python blocks of README and docs run as they stand, page by page, each page in one namespace and a folder of its own.
 
 A page may take for granted what ``GIVEN`` names: files of the reader's, and what its text says that the reader has. Weights are
-random, as nothing is downloaded here, and runs are short.
+random, as nothing is downloaded here, and runs are short. A block that needs files which only others publish says so behind the
+word python, and is compiled but not run.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import torch
 from PIL import Image
 
 import fpet
+from fpet import deploy
 from fpet.train import Config
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```python(| \(not run: [^)\n]+\))\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PAGES = {
     str(p.relative_to(ROOT)): p
     for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -53,8 +55,8 @@ def exported(namespace: dict[str, Any]) -> dict[str, Any]:
     """Files of all formats."""
     model = fpet.apply(timm.create_model("test_vit", num_classes=3).eval(), layer=2)
     images = torch.rand(2, 3, 160, 160)
-    for name, (file, _) in fpet.deploy.FORMATS.items():
-        fpet.deploy.export(model, file, format=name, images=images)
+    for name, (file, _) in deploy.FORMATS.items():
+        deploy.export(model, file, format=name, images=images)
     return {"images": images}
 
 
@@ -67,11 +69,19 @@ def tuned_files(namespace: dict[str, Any]) -> dict[str, Any]:
     return {"images": torch.rand(3, 3, 224, 224)}
 
 
+def step(namespace: dict[str, Any]) -> dict[str, Any]:
+    model = timm.create_model("test_vit", num_classes=3)
+    criterion = torch.nn.functional.cross_entropy
+    return {"model": model, "images": torch.rand(2, 3, 160, 160), "labels": torch.tensor([0, 2]), "criterion": criterion}
+
+
 GIVEN: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "README.md": lambda _: {"x": torch.randn(2, 197, 768), "key": torch.randn(2, 197, 64)},
     "docs/deploy.md": exported,
     "docs/models.md": lambda _: {"images": torch.rand(1, 3, 224, 224)},
     "docs/own_images.md": own_images,
     "docs/serving.md": tuned_files,
+    "docs/train.md": step,
     "docs/visualize.md": photo,
 }
 
@@ -85,7 +95,10 @@ def as_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def seeded(name: str, pretrained: bool = False, **arguments: Any) -> torch.nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return create(name, pretrained=False, **arguments)
+            backbone = create(name, pretrained=False, **{**arguments, "num_classes": 0})
+            model = create(name, pretrained=False, **arguments)
+        model.load_state_dict(backbone.state_dict(), strict=False)
+        return model
 
     monkeypatch.setattr(timm, "create_model", seeded)
     names = Config.__init__.__code__.co_varnames[1 : 1 + len(Config.__init__.__defaults__ or ())]
@@ -101,5 +114,7 @@ def test_python_blocks_run_as_they_stand(page: str) -> None:
     namespace |= GIVEN.get(page, lambda _: {})(namespace)
     text = PAGES[page].read_text()
     for block in BLOCK.finditer(text):
-        line = text.count("\n", 0, block.start(1))
-        exec(compile("\n" * line + block[1], page, "exec"), namespace)
+        line = text.count("\n", 0, block.start(2))
+        code = compile("\n" * line + block[2], page, "exec")
+        if not block[1]:
+            exec(code, namespace)
