@@ -6,8 +6,9 @@
 
 Every candidate is compiled first, on all cores; what spills in a fused kernel or needs more shared memory than there is, is
 out. The others must give the reference's result, and are timed as CUDA graphs over rotated inputs that no L2 cache holds.
-Before a candidate is timed its time is predicted, from the bytes that must move, how many programs fit on a multiprocessor, and
-how many bytes they keep in flight; both are printed, so that a wrong model shows.
+Before a candidate is timed its time is predicted, from the bytes that must move, how many programs fit on a multiprocessor,
+and what one program does: its PTX is executed on the CPU (tests/ptx), which counts instructions and round trips to memory. Both
+times are printed, so that a wrong model shows.
 """
 
 from __future__ import annotations
@@ -34,34 +35,26 @@ except ImportError as missing:
     raise SystemExit(f"tune: fpet_kernels and triton must be importable ({missing}): pip install -e . triton") from missing
 
 BF16, F32 = torch.bfloat16, torch.float32
-SHORT_CANDIDATES = {
-    "forward": tuple(itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3))),
-    "backward": tuple(itertools.product((64, 32, 16), (64, 32, 128), (8, 4), (3, 2, 4), (64, 16))),
-}
+SHORT_CANDIDATES = tuple(itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3), (1, 2)))
 TILE_CANDIDATES = (
     (64, 64, 64, 4, 2), (64, 64, 32, 4, 2), (64, 64, 64, 8, 2), (64, 64, 64, 4, 3), (32, 64, 64, 4, 2), (64, 32, 64, 4, 2),
     (128, 64, 64, 8, 2), (64, 128, 64, 8, 2), (128, 128, 64, 8, 2), (128, 128, 32, 8, 2), (128, 64, 32, 8, 3),
 )  # fmt: skip
-# Guesses of the prediction, to be corrected by what is measured. Seconds from asking for a line of memory to having it, under
-# load; and of a program's first phase, keys and scores, in which it streams nothing.
-LATENCY, FIRST_PHASE = 0.8e-6, 3e-6
-REGISTERS, THREADS, PROGRAMS = 65_536, 2_048, 32  # of one multiprocessor
+# A guess, to be corrected by what is measured: seconds from asking for a line of memory to having it, under load.
+LATENCY = 0.8e-6
+SCHEDULERS = 4  # of a multiprocessor; each issues one instruction of one warp in a clock
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the prediction knows of a GPU. bandwidth: bytes per second of a copy, read and written. flops: bfloat16, dense."""
+    """What the prediction knows of a GPU. bandwidth: bytes per second of a copy, read and written. clock: in hertz."""
 
     bandwidth: float
-    flops: float
+    clock: float
     multiprocessors: int
-    shared: int
 
 
-ASSUMED = {
-    "sm80": Gpu(1.6e12, 0.25e15, 108, 167_936), "sm90": Gpu(4.3e12, 0.75e15, 132, 233_472),
-    "sm100": Gpu(6.5e12, 1.7e15, 148, 233_472),
-}  # fmt: skip
+ASSUMED = {"sm80": Gpu(1.6e12, 1.4e9, 108), "sm90": Gpu(4.3e12, 1.7e9, 132), "sm100": Gpu(6.5e12, 1.9e9, 148)}
 
 
 @dataclass(frozen=True)
@@ -87,15 +80,6 @@ class Slot:
         forward, backward = x + key + y + matched + sizes, y + x + rows + (key if c.hidden else 0) + matched + sizes
         return c.batch * (self.forward * forward + self.backward * backward)
 
-    @property
-    def products(self) -> int:
-        """Floating-point operations on matrix units; a product of two float32 matrices is six of bfloat16."""
-        c = self.case
-        pairs = c.batch * ((c.grid[0] * c.grid[1]) ** 2 // 2)  # two operations for each pair of a source and a destination
-        of_keys, of_x = (6 if c.hidden else 1) * c.channels, (6 if c.x == F32 else 1) * c.dim
-        passes = 2 if "row_pass" in self.kernels else 1
-        return pairs * (self.forward * of_keys + self.backward * (passes * (of_x + of_keys) + 2 * 6 * c.channels))
-
 
 def slots(frozen: configs.Architecture, batch: int) -> Iterator[Slot]:
     """The most important first."""
@@ -112,33 +96,31 @@ def slots(frozen: configs.Architecture, batch: int) -> Iterator[Slot]:
         (case("352 pixels, refined", (22, 22), BF16, True), 256), (case("352 pixels", (22, 22), BF16, False), 256),
     ):  # fmt: skip
         key = (problem.x.itemsize, not problem.hidden, size)
-        for direction, kernel in (("forward", "merge_short"), ("backward", "backward_short")):
-            table = getattr(frozen, direction)
-            fields = 4 if direction == "forward" else 5
-            others = (configs.Short(*s) for s in SHORT_CANDIDATES[direction])
-            tried = dict.fromkeys((*((c,) if (c := table.get(key)) else ()), *others))
-            yield Slot(
-                f"{direction} {key}", problem, direction == "forward", direction == "backward", (kernel,),
-                {f"{key}: Short{astuple(short)[:fields]}": replace(frozen, **{direction: table | {key: short}})
-                 for short in tried},
-            )  # fmt: skip
+        tried = dict.fromkeys(
+            (*((c,) if (c := frozen.forward.get(key)) else ()), *(configs.Short(*s) for s in SHORT_CANDIDATES))
+        )
+        yield Slot(
+            f"forward {key}", problem, True, False, ("merge_short",),
+            {f"{key}: Short{astuple(short)}": replace(frozen, forward=frozen.forward | {key: short}) for short in tried},
+        )  # fmt: skip
     long = case("ViT-L at 1024, refined", (64, 64), BF16, True, dim=1024, images=4)
     rows = (frozen.tiles.rows, *(r for r in (16, 32, 64) if r != frozen.tiles.rows))
     yield Slot(
         "tiles.rows", long, True, True,
-        ("prepare_keys", "prepare_backward", "spread_gradient_kernel", "refined_gradient", "weight_partials"),
+        ("prepare_keys", "prepare_backward", "refined_gradient", "weight_partials"),
         {f"tiles: rows={r}": replace(frozen, tiles=replace(frozen.tiles, rows=r)) for r in rows},
     )  # fmt: skip
     t = frozen.tiles
     tiles = dict.fromkeys(
         (t, *(replace(t, block_a=a, block_b=b, block_d=d, warps=w, stages=s) for a, b, d, w, s in TILE_CANDIDATES))
     )
+    for name, problem in (("tiles", long), ("tiles, short grids", refined)):
+        yield Slot(
+            name, problem, problem is long, True,
+            ("match_tiles", "pair_pass"), {f"{tile}": replace(frozen, tiles=tile) for tile in tiles},
+        )  # fmt: skip
     yield Slot(
-        "tiles", long, True, True,
-        ("match_tiles", "row_pass", "column_pass"), {f"{tile}": replace(frozen, tiles=tile) for tile in tiles},
-    )  # fmt: skip
-    yield Slot(
-        "split_float32", case("float32 x, refined", (14, 14), F32, True), True, True, ("merge_short", "backward_short"),
+        "split_float32", case("float32 x, refined", (14, 14), F32, True), True, True, ("merge_short", "pair_pass"),
         {f"split_float32={s}": replace(frozen, split_float32=s) for s in (frozen.split_float32, not frozen.split_float32)},
     )  # fmt: skip
 
@@ -146,15 +128,58 @@ def slots(frozen: configs.Architecture, batch: int) -> Iterator[Slot]:
 # --- compiling -------------------------------------------------------------------------------------------------------
 
 
-def compile_candidate(slot: Slot, text: str, target: str, everything: bool) -> list[report.Row]:
+@dataclass(frozen=True)
+class Counted:
+    """A kernel of a candidate: the compiler's report, programs of its launches, what one of them does."""
+
+    row: report.Row
+    programs: int
+    instructions: float = math.nan
+    round_trips: float = math.nan
+
+
+def compile_candidate(slot: Slot, text: str, target: str, everything: bool) -> list[Counted]:
     """Compiles a candidate's kernels into Triton's cache on disk; runs in a process of its own, which needs no GPU."""
     configs.TABLES["tried"] = slot.candidates[text]
     with report.absent_gpu(target), configs.pretend("tried"):
-        launches = report.record(slot.case)
-        return [
-            report.usage(*launch, slot.case.name, target) for launch in launches
-            if everything or launch[0].fn.__name__ in slot.kernels
-        ]  # fmt: skip
+        launches: dict[Any, tuple] = {}
+        programs: dict[str, int] = {}
+        for launch in report.record(slot.case):
+            name = launch[0].fn.__name__
+            if everything or name in slot.kernels:
+                launches[launch[0]] = launch
+                programs[name] = programs.get(name, 0) + math.prod(launch[3])
+        rows = [report.usage(*launch, slot.case.name, target) for launch in launches.values()]
+        counts = count(slot, target)
+    return [Counted(row, programs[row.kernel], *counts.get(row.kernel, ())) for row in rows]
+
+
+def count(slot: Slot, target: str) -> dict[str, tuple[float, float]]:
+    """Instructions and round trips of a program, by kernel; nothing where the interpreter is missing or can't."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    try:
+        from ptx.emulate import emulated
+        from ptx.memory import Fault
+    except ImportError:
+        return {}
+    from fpet_kernels.triton import ops
+
+    # One image on as many multiprocessors as it has in the batch: launches then share it out as they do there.
+    table = configs.TABLES["tried"]
+    configs.TABLES["one image"] = replace(table, multiprocessors=max(1, table.multiprocessors // slot.case.batch))
+    generator = torch.Generator().manual_seed(0)
+    forward, backward = report.arguments(
+        replace(slot.case, batch=1), lambda shape, dtype: torch.randn(shape, generator=generator).to(dtype)
+    )
+    try:
+        with emulated(target, whole=True) as emulation, configs.pretend("one image"):
+            emulation.only = lambda _grid: [(0, 0, 0)]
+            results = ops._launch_forward(*forward)
+            if slot.backward:
+                ops._launch_backward(*backward(*results))
+    except Fault:
+        return {}
+    return {name: (machine.counts["instructions"], machine.counts["round trips"]) for name, machine in emulation.machines}
 
 
 @dataclass
@@ -162,50 +187,21 @@ class Candidate:
     """One candidate of a slot, and what became of it."""
 
     text: str
-    rows: list[report.Row]
+    rows: list[Counted]
     refused: str = ""
     predicted: float = math.nan
     measured: float = math.nan
 
 
-def fitting(row: report.Row, gpu: Gpu) -> int:
-    """Programs of a kernel that fit on one multiprocessor."""
-    threads = 32 * row.warps
-    registers = -(-(row.registers or 32) // 8) * 8 * threads
-    return min(REGISTERS // registers, THREADS // threads, gpu.shared // (row.shared + 1024), PROGRAMS)
-
-
-def predict(slot: Slot, candidate: Candidate, gpu: Gpu, shape: tuple[int, int]) -> float:
-    """Seconds: the bytes at copy bandwidth, longer where too little is in flight or multiprocessors get unequal shares; or the
-    products at the rate of the matrix units.
-
-    ``shape``: programs launched, and bytes that one of them has in flight.
-    """
-    programs, in_flight = shape
-    fit = max(1, min(fitting(row, gpu) for row in candidate.rows))
-    most = math.ceil(programs / gpu.multiprocessors)  # programs that one multiprocessor runs in all
-    share = min(1.0, min(fit, most) * in_flight / (gpu.bandwidth / gpu.multiprocessors * LATENCY))
-    unequal = most * gpu.multiprocessors / programs
-    streaming = slot.bytes_moved / gpu.bandwidth / share * unequal + FIRST_PHASE * math.ceil(most / fit)
-    return max(streaming, slot.products / gpu.flops * unequal)
-
-
-def in_flight(slot: Slot, text: str) -> tuple[int, int]:
-    """Programs of the slot's heaviest kernel, and the bytes of x (and G) that one keeps on their way."""
-    arch, c = slot.candidates[text], slot.case
-    num_a, num_b = (c.grid[0] * c.grid[1] + 1) // 2, c.grid[0] * c.grid[1] // 2
-    size = configs.short_class(num_a, num_b, c.channels, c.hidden)
-    short = (arch.backward if slot.backward else arch.forward).get((c.x.itemsize, not c.hidden, size)) if size else None
-    if short is None:
-        t = arch.tiles
-        return c.batch * (-(-num_a // t.block_a)), t.stages * (t.block_a + t.block_b) * t.block_d * c.x.itemsize
-    block_a = min(short.block_a, configs.next_power(num_a))
-    if slot.backward:
-        gather = -(-(c.prefix + num_a + num_b) * c.x.itemsize // (16 * short.warps))
-        return c.batch * (1 + gather), short.stages * (block_a + size) * short.block_d * c.x.itemsize
-    columns = -(-c.dim // short.block_d)
-    parts = min(columns, max(1, arch.programs // c.batch))
-    return c.batch * parts, short.stages * (block_a + size) * short.block_d * c.x.itemsize
+def predict(slot: Slot, candidate: Candidate, gpu: Gpu) -> float:
+    """Seconds: the bytes at copy bandwidth; or, kernel after kernel, the instructions at full issue on the multiprocessor that
+    has the most programs, or the round trips of its waves of programs."""
+    total = 0.0
+    for kernel in candidate.rows:
+        most = math.ceil(kernel.programs / gpu.multiprocessors)
+        issue = most * kernel.row.warps * kernel.instructions / (SCHEDULERS * gpu.clock)
+        total += max(issue, math.ceil(most / max(1, kernel.row.fit)) * kernel.round_trips * LATENCY)
+    return max(total, slot.bytes_moved / gpu.bandwidth)
 
 
 def compile_all(
@@ -228,15 +224,16 @@ def compile_all(
             except Exception as error:  # a compiler may fail in any way: that candidate is out
                 candidate.refused = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 continue
-            candidate.rows, candidate.refused = [row for row in rows if row.kernel in slot.kernels], ""
-            spilled = [r.kernel for r in candidate.rows if r.spills and r.kernel in ("merge_short", "backward_short")]
-            large = [f"{r.kernel} {r.shared / 1024:.0f} KiB" for r in candidate.rows if r.shared > limit]
+            candidate.rows, candidate.refused = [kernel for kernel in rows if kernel.row.kernel in slot.kernels], ""
+            found = [kernel.row for kernel in candidate.rows]
+            spilled = [r.kernel for r in found if r.spills and r.kernel == "merge_short"]
+            large = [f"{r.kernel} {r.shared / 1024:.0f} KiB" for r in found if r.shared > limit]
             if not candidate.rows:
                 candidate.refused = "does not reach the kernel"
             elif spilled or large:
                 candidate.refused = ", ".join([*(f"{k} spills" for k in spilled), *(f"{k} shared" for k in large)])
             else:
-                candidate.predicted = predict(slot, candidate, gpu, in_flight(slot, candidate.text))
+                candidate.predicted = predict(slot, candidate, gpu)
     except OutOfTime:
         print(f"compiling: {sum(not f.done() for f in waiting)} candidates were not reached in time", file=sys.stderr)
     workers = list((pool._processes or {}).values())
@@ -337,7 +334,7 @@ def run_all(work: list[tuple[Slot, list[Candidate]]], device: torch.device, budg
             trials.clear()  # one case's inputs at a time
             trials[slot.case.name] = Trial(slot.case, device)
         trial = trials[slot.case.name]
-        for candidate in sorted((c for c in found if not c.refused), key=lambda c: c.predicted):
+        for candidate in sorted((c for c in found if not c.refused), key=lambda c: (math.isnan(c.predicted), c.predicted)):
             if time.monotonic() > deadline:
                 candidate.refused = "not measured in time"
                 continue
@@ -382,8 +379,9 @@ def lines_of(slot: Slot, found: list[Candidate], gpu: Gpu) -> list[str]:
     for c in order:
         if c.refused:
             continue
-        registers, shared = max(r.registers or 0 for r in c.rows), max(r.shared for r in c.rows)
-        fit = min(fitting(r, gpu) for r in c.rows)
+        kernels = [kernel.row for kernel in c.rows]
+        registers, shared = max(r.registers or 0 for r in kernels), max(r.shared for r in kernels)
+        fit = min(r.fit for r in kernels)
         out.append(f"    {figure(c.predicted)}  {figure(c.measured)}  {registers:9}  {shared / 1024:3.0f} KiB  {fit}  {c.text}")
     refused: dict[str, int] = {}
     for c in found:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import defaultdict
+from copy import copy
 from types import SimpleNamespace
 
 import pytest
@@ -48,7 +49,7 @@ def compiled(monkeypatch):
     """The kernels that Triton would have compiled, in a list that grows."""
     from triton.runtime import jit
 
-    from fpet_kernels.triton import long, ops, short
+    from fpet_kernels.triton import backward, long, ops, short
     from fpet_kernels.triton.report import absent_gpu
 
     found: list[FakeKernel] = []
@@ -58,7 +59,7 @@ def compiled(monkeypatch):
         self.device_caches["sm90"][0][key] = found[-1]
         return found[-1]
 
-    for module in (long, short):
+    for module in (backward, long, short):
         for kernel in vars(module).values():
             if isinstance(kernel, jit.JITFunction):
                 monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
@@ -123,8 +124,8 @@ def test_the_short_cut_makes_the_call_that_triton_makes(case, compiled, monkeypa
     assert ops._SHORTCUT and len(calls) >= 2
     for made, tensors in calls:
         kernel = FakeKernel(made.kernel.fn.__name__)
-        direct = ops._Launch(made.kernel, (made.grid, made.numbers, made.meta), False, "sm90")
-        direct.compiled = kernel
+        direct = copy(made)
+        direct.device, direct.compiled = "sm90", kernel
         direct(*tensors)
         own = next(k for k in compiled if k.name == kernel.name).runs[-1]
         assert same(own, kernel.runs[0]), kernel.name

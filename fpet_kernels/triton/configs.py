@@ -13,32 +13,43 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-__all__ = ["TABLES", "Architecture", "Short", "Tiles", "architecture_of", "next_power", "pretend", "short_class", "table"]
+__all__ = [
+    "PAIR_PROGRAMS",
+    "TABLES",
+    "Architecture",
+    "Short",
+    "Tiles",
+    "architecture_of",
+    "next_power",
+    "pretend",
+    "short_class",
+    "table",
+]
 
 
 @dataclass(frozen=True)
 class Short:
-    """One fused launch over whole images.
+    """The fused forward.
 
     Attributes:
         block_a: sources whose scores are in registers at once; block_d: columns of x per step.
         warps, stages: of the kernel.
-        rows: of keys that the backward prepares, and takes on through the refinement, at once.
+        fit: programs that run on one multiprocessor at once, which the compiler's report says and a test compares.
     """
 
     block_a: int
     block_d: int
     warps: int
     stages: int
-    rows: int = 16
+    fit: int = 1
 
 
 @dataclass(frozen=True)
 class Tiles:
     """The tiled kernels: sources, destinations, channels of the key and columns of x per tile.
 
-    ``rows`` of the key, or of the gather in the backward, are one program's share: with more than 16, the parts of float32
-    products spill.
+    ``rows`` of the key, or of the gather in the backward, are one program's share. ``fit``: programs that run on one
+    multiprocessor at once.
     """
 
     block_a: int
@@ -48,6 +59,7 @@ class Tiles:
     warps: int
     stages: int
     rows: int = 16
+    fit: int = 2
 
 
 @dataclass(frozen=True)
@@ -55,19 +67,18 @@ class Architecture:
     """Everything frozen for one kind of GPU.
 
     Attributes:
-        forward, backward: by (bytes of x's element, whether the key is taken as it is in 16 bits, destinations rounded up to
-            a power of two). What is missing goes to the tiled kernels.
-        programs: programs that fill the GPU; a short forward splits D until it has as many.
+        forward: by (bytes of x's element, whether the key is taken as it is in 16 bits, destinations rounded up to a power of
+            two). What is missing goes to the tiled kernels.
+        multiprocessors: of the GPU; launches share work out until their programs fill them.
         tiles, tiles_double: long grids, and float64 anywhere.
         split_float32: float32 products from bfloat16 parts on matrix units (else float32 multiply-adds).
         shared: bytes of shared memory a program may use.
         ordered: a barrier orders a program's writes and reads of global memory too, as short forwards with several blocks of
-            sources and all short backwards need. So it is on NVIDIA's GPUs and on CDNA; elsewhere the tiled kernels take those.
+            sources need. So it is on NVIDIA's GPUs and on CDNA; elsewhere the tiled kernels take those.
     """
 
     forward: dict[tuple[int, bool, int], Short]
-    backward: dict[tuple[int, bool, int], Short]
-    programs: int
+    multiprocessors: int
     tiles: Tiles
     tiles_double: Tiles
     split_float32: bool
@@ -75,28 +86,32 @@ class Architecture:
     ordered: bool = True
 
 
+# Most programs of an image, along sources and along destinations, that share its pairs out in the backward. Each leaves sums of
+# its own: extra memory is at most as many times that of one float32 key.
+PAIR_PROGRAMS = 8
+
 # Small tiles: float64 products are made without matrix units, as a sum over a three-dimensional block.
 _DOUBLE = Tiles(block_a=16, block_b=16, block_c=16, block_d=16, warps=4, stages=1)
 
 _FORWARD = {
-    (2, True, 16): Short(16, 64, 4, 3),
-    (2, True, 32): Short(32, 64, 4, 3),
-    (2, True, 64): Short(64, 64, 4, 3),
+    (2, True, 16): Short(16, 64, 4, 3, 2),
+    (2, True, 32): Short(32, 64, 4, 3, 2),
+    (2, True, 64): Short(64, 64, 4, 3, 2),
     (2, True, 128): Short(128, 64, 8, 3),
     (2, True, 256): Short(32, 64, 8, 2),
-    (2, False, 16): Short(16, 64, 4, 3),
-    (2, False, 32): Short(32, 64, 4, 3),
-    (2, False, 64): Short(32, 64, 4, 3),
+    (2, False, 16): Short(16, 64, 4, 3, 2),
+    (2, False, 32): Short(32, 64, 4, 3, 2),
+    (2, False, 64): Short(32, 64, 4, 3, 2),
     (2, False, 128): Short(32, 64, 8, 2),
     (2, False, 256): Short(16, 64, 8, 2),
-    (4, True, 16): Short(16, 32, 4, 2),
-    (4, True, 32): Short(32, 32, 4, 2),
-    (4, True, 64): Short(64, 32, 4, 2),
+    (4, True, 16): Short(16, 32, 4, 2, 2),
+    (4, True, 32): Short(32, 32, 4, 2, 2),
+    (4, True, 64): Short(64, 32, 4, 2, 2),
     (4, True, 128): Short(128, 32, 8, 2),
     (4, True, 256): Short(32, 32, 8, 2),
-    (4, False, 16): Short(16, 32, 4, 2),
-    (4, False, 32): Short(32, 32, 4, 2),
-    (4, False, 64): Short(32, 32, 4, 2),
+    (4, False, 16): Short(16, 32, 4, 2, 2),
+    (4, False, 32): Short(32, 32, 4, 2, 2),
+    (4, False, 64): Short(32, 32, 4, 2, 2),
     (4, False, 128): Short(32, 32, 8, 2),
     (4, False, 256): Short(16, 32, 8, 2),
 }
@@ -104,67 +119,26 @@ _FORWARD = {
 _FORWARD_SM80 = _FORWARD | {(2, False, 128): Short(16, 64, 8, 2), (4, False, 128): Short(16, 32, 8, 2)}
 _FORWARD_SM90 = _FORWARD | {(2, False, 128): Short(128, 64, 8, 2), (4, False, 128): Short(128, 32, 8, 2)}
 _FORWARD_SM100 = _FORWARD_SM90 | {(4, False, 128): Short(32, 32, 8, 2)}
-# Likewise; but where keys are refined, Triton 3.8 spills 56 to 64 bytes on sm_80.
-_BACKWARD = {
-    (2, True, 16): Short(16, 64, 4, 2),
-    (2, True, 32): Short(32, 64, 4, 2),
-    (2, True, 64): Short(32, 64, 8, 2),
-    (2, True, 128): Short(32, 64, 8, 3, 64),
-    (2, False, 16): Short(16, 64, 4, 2),
-    (2, False, 32): Short(16, 64, 4, 2),
-    (2, False, 64): Short(16, 64, 8, 2),
-    (2, False, 128): Short(16, 32, 8, 1, 16),
-    (4, True, 16): Short(16, 32, 4, 2),
-    (4, True, 32): Short(16, 32, 4, 2),
-    (4, True, 64): Short(16, 32, 8, 2),
-    (4, True, 128): Short(32, 32, 8, 2, 64),
-    (4, False, 16): Short(16, 32, 4, 2),
-    (4, False, 32): Short(16, 32, 4, 2),
-    (4, False, 64): Short(16, 32, 8, 2),
-    (4, False, 128): Short(16, 32, 8, 1, 16),
-}
-# Operands from shared memory leave registers for larger blocks.
-_BACKWARD_SM90 = _BACKWARD | {
-    (2, True, 64): Short(64, 64, 8, 3, 64),
-    (2, True, 128): Short(64, 64, 8, 3, 64),
-    (2, True, 256): Short(16, 64, 8, 2, 64),
-    (2, False, 64): Short(32, 64, 8, 3, 64),
-    (2, False, 128): Short(32, 64, 8, 3, 64),
-    (4, True, 64): Short(64, 32, 8, 2, 64),
-    (4, True, 128): Short(64, 32, 8, 2, 64),
-    (4, False, 64): Short(32, 32, 8, 2, 64),
-    (4, False, 128): Short(32, 32, 8, 2, 64),
-}
-_BACKWARD_GFX942 = _BACKWARD | {
-    (2, True, 128): Short(32, 64, 4, 2, 64),
-    (2, False, 128): Short(32, 64, 4, 2, 32),
-    (4, True, 128): Short(64, 32, 4, 2, 64),
-    (4, False, 128): Short(16, 32, 4, 2),
-}
 
 
 def _four_warps(table: dict[tuple[int, bool, int], Short]) -> dict[tuple[int, bool, int], Short]:
     """For warps of 64 lanes: with eight, a lane has half of the registers."""
-    return {key: replace(config, warps=4) for key, config in table.items()}
+    return {key: replace(config, warps=4, fit=1) for key, config in table.items()}
 
 
 TABLES: dict[str, Architecture] = {
-    "sm80": Architecture(_FORWARD_SM80, _BACKWARD, 216, Tiles(32, 64, 64, 64, 8, 2), _DOUBLE, True, 166_912),
-    "sm90": Architecture(_FORWARD_SM90, _BACKWARD_SM90, 264, Tiles(64, 64, 64, 64, 4, 2), _DOUBLE, True, 232_448),
-    "sm100": Architecture(_FORWARD_SM100, _BACKWARD_SM90, 296, Tiles(64, 64, 64, 64, 4, 2), _DOUBLE, True, 232_448),
-    "gfx942": Architecture(
-        _four_warps(_FORWARD), _four_warps(_BACKWARD_GFX942), 304, Tiles(32, 64, 64, 32, 4, 2), _DOUBLE, True, 65_536
-    ),
+    "sm80": Architecture(_FORWARD_SM80, 108, Tiles(32, 64, 64, 64, 4, 2), _DOUBLE, True, 166_912),
+    "sm90": Architecture(_FORWARD_SM90, 132, Tiles(64, 64, 64, 64, 4, 2), _DOUBLE, True, 232_448),
+    "sm100": Architecture(_FORWARD_SM100, 148, Tiles(64, 64, 64, 64, 4, 2), _DOUBLE, True, 232_448),
+    "gfx942": Architecture(_four_warps(_FORWARD), 304, Tiles(32, 64, 64, 32, 4, 2), _DOUBLE, True, 65_536),
     # Triton's interpreter pays for every operation, not for its size: few large tiles.
     "interpreter": Architecture(
-        _FORWARD_SM90, _BACKWARD_SM90, 1, Tiles(64, 64, 64, 128, 4, 1, 64), Tiles(64, 64, 32, 64, 4, 1, 64), True, 1 << 30
+        _FORWARD_SM90, 1, Tiles(64, 64, 64, 128, 4, 1, 64), Tiles(64, 64, 32, 64, 4, 1, 64), True, 1 << 30
     ),
     # NVIDIA's others: the least demanding of the above, for 99 KiB of shared memory (sm_86, sm_89, sm_120).
-    "other": Architecture(_FORWARD_SM80, _BACKWARD, 128, Tiles(32, 64, 32, 32, 8, 1), _DOUBLE, True, 101_376),
+    "other": Architecture(_FORWARD_SM80, 64, Tiles(32, 64, 32, 32, 4, 1), _DOUBLE, True, 101_376),
     # Any other GPU that Triton knows.
-    "elsewhere": Architecture(
-        _four_warps(_FORWARD), {}, 128, Tiles(32, 64, 32, 32, 4, 1), _DOUBLE, True, 65_536, ordered=False
-    ),
+    "elsewhere": Architecture(_four_warps(_FORWARD), 64, Tiles(32, 64, 32, 32, 4, 1), _DOUBLE, True, 65_536, ordered=False),
 }
 
 

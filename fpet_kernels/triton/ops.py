@@ -1,15 +1,16 @@
 """The operators ``fpet::bdm_forward_triton`` and ``fpet::bdm_backward_triton``: arguments and results as ``fpet::bdm_forward``.
 
 They are ``torch.library.triton_op``s, so Inductor sees the kernels. Calls that nobody traces skip the dispatcher. What a call
-needs besides its tensors is worked out once per shape, strides and types (:class:`_Problem`), and a kernel that Triton has
-compiled is launched without going through Triton's search for it again (:class:`_Launch`). Under ``TRITON_INTERPRET=1`` the
-operators are opaque, since there is nothing to compile.
+needs besides its tensors is worked out once per shape, strides and types (:class:`_Problem`), under the names that the kernels'
+arguments have; a kernel that Triton has compiled is launched without going through Triton's search for it again
+(:class:`_Launch`). Under ``TRITON_INTERPRET=1`` the operators are opaque, since there is nothing to compile.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,16 +21,23 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import ops as base
+from . import backward as tiled
 from . import configs, long, short
 from .primitives import INTERPRETED
 
 __all__ = ["backward", "forward"]
 
-Call = tuple[tuple, tuple, dict[str, Any]]  # grid; numbers; compile-time constants and launch options
+Plan = tuple[tuple[int, ...], dict[str, Any], int, int]  # grid; arguments of this kernel alone; warps; stages
 
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _shared_out(blocks: int, most: int) -> tuple[int, int]:
+    """``blocks`` shared out among as many as ``most``: how many take part, and how many blocks each one has."""
+    steps = _cdiv(blocks, max(1, min(blocks, most)))
+    return _cdiv(blocks, steps), steps
 
 
 def _two_floats(value: float) -> tuple[float, float]:
@@ -41,12 +49,12 @@ def _two_floats(value: float) -> tuple[float, float]:
 # --- launching -------------------------------------------------------------------------------------------------------
 
 
-_recorded: list[tuple[Any, tuple, dict[str, Any]]] | None = None
+_recorded: list[tuple[Any, tuple, dict[str, Any], tuple[int, ...]]] | None = None
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[tuple[Any, tuple, dict[str, Any]]]]:
-    """Launches are noted, as (kernel, arguments, compile-time arguments), instead of made."""
+def recording() -> Iterator[list[tuple[Any, tuple, dict[str, Any], tuple[int, ...]]]]:
+    """Launches are noted, as (kernel, arguments, compile-time arguments, grid), instead of made."""
     global _recorded
     before, _recorded = _recorded, []
     try:
@@ -56,28 +64,38 @@ def recording() -> Iterator[list[tuple[Any, tuple, dict[str, Any]]]]:
 
 
 # The versions whose launch of a compiled kernel takes the arguments that _Launch gives it, which a test compares with Triton's.
-_SHORTCUT = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
+_KNOWN = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
+_SHORTCUT = _KNOWN and os.environ.get("FPET_TRITON_SHORTCUT", "1") != "0"  # 0: every launch is Triton's own, to debug
 
 
 class _Launch:
-    """One kernel, and everything of its call but the tensors, which come first among its arguments.
+    """One kernel, and everything of its call but the tensors, whose ``names`` come first among its arguments.
+
+    What a kernel calls p_NAME is a tensor, and what it writes in capitals a compile-time constant.
 
     ``traced``: Inductor watches. ``device``: the index of an NVIDIA GPU, where launches after the first take the short cut;
     what else Triton would look at, the types and the alignment of the tensors, is part of a problem's key. AMD's
     specialisations depend on the size of a tensor's storage too.
     """
 
-    __slots__ = ("compiled", "device", "grid", "kernel", "meta", "numbers", "rest", "traced")
+    __slots__ = ("compiled", "device", "grid", "kernel", "meta", "names", "numbers", "rest", "traced")
 
-    def __init__(self, kernel: Any, call: Call, traced: bool, device: int | None) -> None:
-        self.kernel, (grid, self.numbers, self.meta) = kernel, call
-        self.grid = (*grid, 1, 1)[:3]
-        self.rest = (*self.numbers, *(self.meta[name] for name in kernel.arg_names if name in self.meta))
+    def __init__(self, kernel: Any, plan: Plan, values: dict[str, Any], traced: bool, device: int | None) -> None:
+        grid, own, warps, stages = plan
+        values = values | own
+        self.kernel, self.grid = kernel, (*grid, 1, 1)[:3]
+        self.names = tuple(name[2:] for name in kernel.arg_names if name.startswith("p_"))
+        rest = kernel.arg_names[len(self.names) :]
+        self.numbers = tuple(values[name] for name in rest if not name.isupper())
+        self.rest = tuple(values[name] for name in rest)
+        self.meta = {name: values[name] for name in rest if name.isupper()} | {"num_warps": warps, "num_stages": stages}
+        if not traced:  # Inductor does not know the option; Triton's default changes in 3.10, and with it the last bits
+            self.meta["enable_fp_fusion"] = True
         self.traced, self.device, self.compiled = traced, device, None
 
     def __call__(self, *tensors: Tensor) -> None:
         if _recorded is not None:
-            _recorded.append((self.kernel, (*tensors, *self.numbers), self.meta))
+            _recorded.append((self.kernel, (*tensors, *self.numbers), self.meta, self.grid))
         elif self.traced:
             torch.library.wrap_triton(self.kernel)[self.grid](*tensors, *self.numbers, **self.meta)
         elif self.compiled is None:
@@ -113,113 +131,90 @@ def _plain(x: Tensor) -> bool:
 # --- what a call needs besides its tensors ---------------------------------------------------------------------------
 
 
+def _strides(name: str, axes: str, t: Tensor | None) -> dict[str, int]:
+    """``stride_NAME_AXIS`` of every axis; 0 for a tensor that is absent."""
+    return {f"stride_{name}_{axis}": 0 if t is None else t.stride(at) for at, axis in enumerate(axes)}
+
+
 class _Problem:
-    """Sizes, strides, compile-time constants and the configuration of a forward; its launches, each worked out once."""
+    """Sizes, strides, flags and configuration of a forward, by the names of the kernels' arguments; its launches, once each."""
 
     def __init__(
         self, x: Tensor, key: Tensor, size: Tensor | None, w_down: Tensor | None, w_up: Tensor | None,
         dropout_mask: Tensor | None, key_delta: Tensor | None, split_a: Tensor | None, split_b: Tensor | None,
         grid_h: int, grid_w: int, prefix: int, scale: float, cosine: bool,
     ) -> None:  # fmt: skip
-        self.prefix, self.width, self.cosine = prefix, grid_w, cosine
         self.num_a, self.num_b = base._counts(split_a, split_b, grid_h, grid_w)
         self.rows = self.num_a + self.num_b
         self.merged = prefix + self.num_b
         self.batch, _, self.dim = x.shape
         self.item = x.element_size()
-        self.listed, self.sized = split_a is not None, size is not None
         self.heads, self.channels = key.shape[1] if key.dim() == 4 else 1, key.shape[-1]
-        self.refined, self.masked, self.delta = w_down is not None, dropout_mask is not None, key_delta is not None
+        self.refined, self.cosine = w_down is not None, cosine
         self.hidden = 0 if w_down is None else w_down.shape[0]
         self.score_dtype = base.reference.compute_dtype(x, key, size, w_down, w_up, key_delta)  # type: ignore[attr-defined]
         self.double = self.score_dtype == torch.float64
         # A 16-bit key that nothing is added to is multiplied as it is.
         half = key.dtype in (torch.float16, torch.bfloat16) and not self.double
-        self.raw = bool(half and not self.refined and not self.delta and self.heads == 1)  # bool(): heads may be symbolic
+        self.raw = bool(half and not self.refined and key_delta is None and self.heads == 1)  # bool(): heads may be symbolic
         self.key_dtype = key.dtype
         self.arch = configs.table(x.device.type, x.device.index)
         self.tiles = self.arch.tiles_double if self.double else self.arch.tiles
         self.block_h = min(self.tiles.block_c, configs.next_power(max(self.hidden, 1)))
-        self.whole = bool(self.channels <= self.tiles.block_c and self.hidden <= self.block_h)
-        self.split = self.arch.split_float32
         self.short = None if self.double else configs.short_class(self.num_a, self.num_b, self.channels, self.hidden)
-        stride = key.stride()
-        self.s_x, self.s_key = x.stride(), stride if len(stride) == 4 else (stride[0], 0, *stride[1:])
-        self.s_size = (0, 0) if size is None else size.stride()[:2]
-        self.s_delta = (0, 0, 0) if key_delta is None else key_delta.stride()
-        self.s_down = (0, 0) if w_down is None else w_down.stride()
-        self.s_up = (0, 0) if w_up is None else w_up.stride()
-        self.s_mask = (0, 0, 0) if dropout_mask is None else dropout_mask.stride()
-        self.scale = _two_floats(float(scale))
-        self.spread_columns = min(256, configs.next_power(self.dim))
+        self.parts = 3 if self.arch.split_float32 and not self.double else 0
+        high, low = _two_floats(float(scale))
+        self.values: dict[str, Any] = {
+            "num_a": self.num_a, "num_b": self.num_b, "num_rows": self.rows, "merged": self.merged, "prefix": prefix,
+            "width": grid_w, "dim": self.dim, "channels": self.channels, "heads": self.heads, "hidden": self.hidden,
+            "batch": self.batch, "scale_high": high, "scale_low": low,
+            **_strides("x", "bnd", x), **_strides("size", "bn", size),
+            **_strides("key", "bhnc", key if key.dim() == 4 else key[:, None]),
+            **_strides("delta", "bnc", key_delta), **_strides("down", "hc", w_down), **_strides("up", "ch", w_up),
+            **_strides("mask", "bnh", dropout_mask),
+            "LISTED": split_a is not None, "SIZED": size is not None, "REFINED": self.refined,
+            "MASKED": dropout_mask is not None, "DELTA": key_delta is not None, "COSINE": cosine, "RAW": self.raw,
+            "DOUBLE": self.double, "WHOLE": bool(self.channels <= self.tiles.block_c and self.hidden <= self.block_h),
+            "BR": self.tiles.rows, "BC": self.tiles.block_c, "BH": self.block_h,
+        }  # fmt: skip
+        self.set_parts(self.parts)
         self.traced = not _plain(x)
         nvidia = x.device.type == "cuda" and torch.version.hip is None
         self.device = x.device.index if nvidia and _SHORTCUT and not self.traced and not INTERPRETED.value else None
-        self.launches: dict[str, _Launch] = {}
+        self.launches: dict[Any, _Launch] = {}
 
-    def launch(self, kernel: Any, call: Callable[[], Call], *tensors: Tensor) -> None:
-        """Runs ``kernel`` on ``tensors``; ``call`` is asked once for the rest."""
-        name = kernel.fn.__name__
-        found = self.launches.get(name)
+    def set_parts(self, parts: int) -> None:
+        """How many bfloat16 parts a float32 operand has; a prepared k' has a plane for each."""
+        self.parts, self.planes = parts, 1 if self.raw or not parts else parts
+        self.values |= {"PARTS": parts, "PLANES": self.planes}
+
+    def launch(self, kernel: Any, tensors: dict[str, Tensor], plan: Callable[[], Plan], nth: int = 0) -> None:
+        """Runs ``kernel`` on those of ``tensors`` that it names; ``plan`` is asked once, for the ``nth`` launch of a kernel."""
+        found = self.launches.get((kernel, nth))
         if found is None:
-            found = self.launches[name] = _Launch(kernel, call(), self.traced, self.device)
-        found(*tensors)
+            found = _Launch(kernel, plan(), self.values, self.traced, self.device)
+            self.launches[kernel, nth] = found
+        found(*[tensors[name] for name in found.names])
 
-    def new(self, like: Tensor, *shape: int) -> Tensor:
-        """An uninitialised tensor in the precision of scores."""
-        return like.new_empty(shape, dtype=self.score_dtype)
+    def tiled(self, programs: int, **own: Any) -> Plan:
+        """The plan of a kernel that takes its warps and stages from the table of tiles."""
+        return (programs,), own, self.tiles.warps, self.tiles.stages
 
-    def short_flags(self) -> dict[str, Any]:
+    def capacity(self) -> int:
+        """Programs of the tiled kernels that the GPU runs at once."""
+        return self.arch.multiprocessors * self.tiles.fit
+
+    def new(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor, in the precision of scores by default."""
+        return like.new_empty(shape, dtype=dtype or self.score_dtype)
+
+    def prepared(self, like: Tensor) -> dict[str, Tensor]:
+        """Room for the planes of k' of every row, (B, planes, N_A + N_B, C), and its norm."""
+        dtype = torch.bfloat16 if self.planes > 1 else self.key_dtype if self.raw else self.score_dtype
         return {
-            "BB": self.short, "BC": configs.next_power(self.channels), "BH": configs.next_power(max(self.hidden, 1)),
-            "LISTED": self.listed, "SIZED": self.sized, "REFINED": self.refined, "MASKED": self.masked,
-            "DELTA": self.delta, "COSINE": self.cosine, "RAW": self.raw, "SPLIT": self.split,
-        }  # fmt: skip
-
-    def key_strides(self) -> tuple[int, ...]:
-        return *self.s_key, *self.s_delta, *self.s_down, *self.s_up, *self.s_mask
-
-    def key_flags(self) -> dict[str, Any]:
-        t = self.tiles
-        return {
-            "BR": t.rows, "BC": t.block_c, "BH": self.block_h, "LISTED": self.listed, "REFINED": self.refined,
-            "MASKED": self.masked, "DELTA": self.delta, "COSINE": self.cosine, "RAW": self.raw,
-            "WHOLE": self.whole, "DOUBLE": self.double,
-            "SPLIT": self.split, "num_warps": t.warps, "num_stages": t.stages,
-        }  # fmt: skip
-
-    def prepared(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Room for k' of every row (B, N_A + N_B, C) and its norm."""
-        dtype = self.key_dtype if self.raw else self.score_dtype
-        prepared = like.new_empty((self.batch, self.rows, self.channels), dtype=dtype)
-        return prepared, self.new(like, self.batch, self.rows if self.cosine else 1)
-
-
-class _Inputs:
-    """The tensors of a call. An absent one still takes an argument: any pointer will do, it is never read.
-
-    Positions lead to where kernels write, so torch's analysis takes their lists for written, and Inductor would copy x if it
-    stood in for them.
-    """
-
-    __slots__ = ("a", "b", "delta", "down", "key", "mask", "size", "up", "x")
-
-    def __init__(
-        self, x: Tensor, key: Tensor, size: Tensor | None, w_down: Tensor | None, w_up: Tensor | None,
-        dropout_mask: Tensor | None, key_delta: Tensor | None, split_a: Tensor | None, split_b: Tensor | None,
-        traced: bool,
-    ) -> None:  # fmt: skip
-        self.x, self.key = x, key
-        self.size = x if size is None else size
-        self.down = key if w_down is None else w_down
-        self.up = key if w_up is None else w_up
-        self.mask = key if dropout_mask is None else dropout_mask
-        if self.mask.dtype == torch.bool:
-            self.mask = self.mask.view(torch.uint8)
-        self.delta = key if key_delta is None else key_delta
-        self.a, self.b = (x.new_empty(1), x.new_empty(1)) if traced else (x, x)
-        if split_a is not None and split_b is not None:
-            self.a, self.b = split_a.contiguous(), split_b.contiguous()
+            "prepared": self.new(like, self.batch, self.planes, self.rows, self.channels, dtype=dtype),
+            "norm": self.new(like, self.batch, self.rows if self.cosine else 1),
+        }
 
 
 class _Gradient(_Problem):
@@ -229,46 +224,32 @@ class _Gradient(_Problem):
         self, inputs: tuple, problem: tuple, needs: tuple, grad: Tensor, grad_size: Tensor | None, tokens: Tensor
     ) -> None:
         super().__init__(*inputs, *problem)
-        self.need_x, self.need_size, self.need_weights, self.need_refined, self.need_key = needs
-        self.s_grad, self.s_tok = grad.stride(), tokens.stride()
-        self.grad_sized = grad_size is not None
-        self.s_gs = (0, 0) if grad_size is None else grad_size.stride()[:2]
+        need_x, need_size, self.need_weights, self.need_refined, self.need_key = needs
         self.keys = bool((self.need_weights or self.need_refined or self.need_key) and self.num_a > 0)
-        fused = self.keys and self.short is not None and self.arch.ordered
-        self.config = self.arch.backward.get((self.item, self.raw, self.short)) if fused else None  # type: ignore[arg-type]
-        # The gather: rows of a program (more in the fused kernel, whose programs are few and large), programs per image.
-        self.spread_rows = self.tiles.rows if self.config is None else 16 * self.config.warps // self.item
-        self.spread = _cdiv(self.merged + self.num_a, self.spread_rows) if self.need_x or self.need_size else 0
+        # The gather: programs per image.
+        self.spread = _cdiv(self.merged + self.num_a, self.tiles.rows) if need_x or need_size else 0
         # What goes on through the refinement reads the key again: rather its mean than all of its heads.
         self.through = self.refined and (self.need_weights or self.need_key)
         self.mean = bool(self.through and self.heads > 1)
-        self.s_inner: tuple[int, ...] = self.s_key
-        self.inner_heads = self.heads
-        if self.mean:
-            self.s_inner, self.inner_heads = ((self.prefix + self.rows) * self.channels, 0, self.channels, 1), 1
-        # Every program of the tiled kernels sums the weight gradients of some rows of one image: as many rows as leave
-        # enough programs.
-        pieces = max(1, min(_cdiv(self.rows, self.tiles.rows), 2 * self.arch.programs // max(self.batch, 1)))
-        self.piece = _cdiv(_cdiv(self.rows, pieces), self.tiles.rows) * self.tiles.rows
-        self.pieces = self.batch * (_cdiv(self.rows, self.piece) if self.config is None else 1)
-
-    def outside(self) -> tuple[int, ...]:
-        return *self.s_grad, *self.s_gs, *self.s_x, *self.s_size, *self.s_tok
-
-    def spread_flags(self) -> dict[str, Any]:
-        return {
-            "BR": self.spread_rows, "LISTED": self.listed, "SIZED": self.sized, "GRAD_SIZE": self.grad_sized,
-            "NEED_X": self.need_x, "NEED_SIZE": self.need_size,
-        }  # fmt: skip
-
-    def inner_strides(self) -> tuple[int, ...]:
-        return *self.s_inner, *self.s_down, *self.s_up, *self.s_mask
-
-    def inner_flags(self) -> dict[str, Any]:
         t = self.tiles
-        return {
-            "BR": t.rows, "BC": t.block_c, "BH": self.block_h, "LISTED": self.listed, "MASKED": self.masked,
-            "WHOLE": self.whole, "DOUBLE": self.double, "SPLIT": self.split, "num_warps": t.warps, "num_stages": t.stages,
+        # Programs of an image that share its pairs out, by the shape of an image alone, because it decides the order of sums.
+        self.pair_rows, self.row_steps = _shared_out(_cdiv(self.num_a, t.block_a), configs.PAIR_PROGRAMS)
+        self.pair_columns, self.column_steps = _shared_out(_cdiv(self.num_b, t.block_b), configs.PAIR_PROGRAMS)
+        self.planes_out = max(self.pair_rows, self.pair_columns)
+        # Every program sums the weight gradients of some rows of one image: as many rows as leave enough programs.
+        pieces, steps = _shared_out(_cdiv(self.rows, t.rows), 4 * self.capacity() // max(self.batch, 1))
+        self.pieces, self.piece = self.batch * pieces, steps * t.rows
+        if self.parts and self.item == 2:
+            self.set_parts(2)  # y, of which γ' is made, was rounded to 16 bits: more accuracy would be lost on it
+        mean = ((self.merged + self.num_a) * self.channels, 0, self.channels, 1) if self.mean else None
+        self.values |= {
+            **_strides("grad", "bed", grad), **_strides("gs", "be", grad_size), **_strides("tok", "bed", tokens),
+            **{f"stride_mean_{a}": mean[at] if mean else self.values[f"stride_key_{a}"] for at, a in enumerate("bhnc")},
+            "mean_heads": 1 if self.mean else self.heads,
+            "planes_out": self.planes_out, "rows": self.pair_rows, "columns": self.pair_columns,
+            "row_steps": self.row_steps, "column_steps": self.column_steps,
+            "GRAD_SIZE": grad_size is not None, "MEAN": self.mean, "KEEP": self.through, "NEED_X": need_x,
+            "NEED_SIZE": need_size, "NEED_REFINED": self.need_refined, "NEED_KEY": self.need_key and not self.refined,
         }  # fmt: skip
 
 
@@ -296,70 +277,68 @@ def _remembered(tensors: tuple, numbers: tuple, make: Callable[[], Any]) -> Any:
     return found
 
 
+def _inputs(
+    x: Tensor, key: Tensor, size: Tensor | None, w_down: Tensor | None, w_up: Tensor | None, dropout_mask: Tensor | None,
+    key_delta: Tensor | None, split_a: Tensor | None, split_b: Tensor | None, traced: bool,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The tensors of a call by the kernels' names. An absent one still takes an argument: any pointer will do.
+
+    Positions lead to where kernels write, so torch's analysis takes their lists for written, and Inductor would copy x if it
+    stood in for them.
+    """
+    mask = key if dropout_mask is None else dropout_mask
+    a, b = (x.new_empty(1), x.new_empty(1)) if traced else (x, x)
+    if split_a is not None and split_b is not None:
+        a, b = split_a.contiguous(), split_b.contiguous()
+    return {
+        "x": x, "key": key, "size": x if size is None else size, "down": key if w_down is None else w_down,
+        "up": key if w_up is None else w_up, "mask": mask.view(torch.uint8) if mask.dtype == torch.bool else mask,
+        "delta": key if key_delta is None else key_delta, "split_a": a, "split_b": b,
+    }  # fmt: skip
+
+
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def _forward_long(
-    q: _Problem, i: _Inputs, tokens: Tensor, merged_size: Tensor, match: Tensor, second: Tensor, mid: Tensor
-) -> None:
-    t = q.tiles
+def _forward_long(q: _Problem, t: dict[str, Tensor]) -> None:
+    tiles, x = q.tiles, t["x"]
     if q.num_a:
-        prepared, norm = q.prepared(i.x)
+        t |= q.prepared(x)
+        q.launch(long.prepare_keys, t, lambda: q.tiled(q.batch * _cdiv(q.rows, tiles.rows)))
+        blocks = _cdiv(q.num_a, tiles.block_a)
+        # With few images, destinations are shared out too: joined, the two best are the same whoever found them.
+        parts, steps = _shared_out(_cdiv(q.num_b, tiles.block_b), q.capacity() // (q.batch * blocks))
+        several = parts > 1
+        t["scores"] = q.new(x, 2, q.batch, parts, q.num_a) if several else t["mid"]
+        t["columns"] = q.new(x, *((2, q.batch, parts, q.num_a) if several else (1,)), dtype=torch.int32)
         q.launch(
-            long.prepare_keys,
-            lambda: (
-                (q.batch * _cdiv(q.rows, t.rows),),
-                (*q.key_strides(), q.num_a, q.rows, q.prefix, q.width, q.channels, q.heads, q.hidden, *q.scale),
-                q.key_flags(),
-            ),
-            i.key, i.delta, i.down, i.up, i.mask, i.a, i.b, prepared, norm,
+            long.match_tiles, t,
+            lambda: q.tiled(q.batch * blocks * parts, parts=parts, steps=steps, BA=tiles.block_a, BB=tiles.block_b),
         )  # fmt: skip
-        q.launch(
-            long.match_tiles,
-            lambda: (
-                (q.batch * _cdiv(q.num_a, t.block_a),),
-                (q.num_a, q.num_b, q.prefix, q.channels),
-                {"BA": t.block_a, "BB": t.block_b, "BC": t.block_c, "COSINE": q.cosine, "WHOLE": q.whole, "DOUBLE": q.double,
-                 "SPLIT": q.split, "num_warps": t.warps, "num_stages": t.stages},
-            ),
-            prepared, norm, match, second, mid,
-        )  # fmt: skip
-    by_destination, order = match.to(torch.int32).sort(dim=1, stable=True)
+        if several:
+            q.launch(long.join_matches, t, lambda: ((q.batch * _cdiv(q.num_a, 128),), {"parts": parts, "BA": 128}, 4, 1))
+    match = t["match"]
+    by_destination, t["order"] = match.to(torch.int32).sort(dim=1, stable=True)
     bounds = torch.arange(q.merged + 1, dtype=torch.int32, device=match.device).expand(q.batch, -1).contiguous()
-    start = torch.searchsorted(by_destination, bounds, out_int32=True)
-
-    def merge() -> Call:
-        block_d = min(1024, configs.next_power(q.dim))
-        return (
-            (q.batch * q.merged * _cdiv(q.dim, block_d),),
-            (*q.s_x, *q.s_size, q.num_a, q.merged, q.prefix, q.width, q.dim),
-            {"BT": 4, "BD": block_d, "LISTED": q.listed, "SIZED": q.sized, "DOUBLE": q.double, "num_warps": 4},
-        )
-
-    q.launch(long.merge_lists, merge, i.x, i.size, order, start, i.a, i.b, tokens, merged_size)
+    t["start"] = torch.searchsorted(by_destination, bounds, out_int32=True)
+    block_d = min(1024, configs.next_power(q.dim))
+    q.launch(long.merge_lists, t, lambda: ((q.batch * q.merged * _cdiv(q.dim, block_d),), {"BT": 4, "BD": block_d}, 4, 3))
 
 
-def _forward_short(
-    q: _Problem, config: configs.Short, i: _Inputs, tokens: Tensor, merged_size: Tensor, match: Tensor, second: Tensor,
-    mid: Tensor,
-) -> None:  # fmt: skip
-    def merge() -> Call:
-        # The batch decides only how many programs share an image's columns; what each one computes stays the same.
-        columns = _cdiv(q.dim, config.block_d)
-        steps = _cdiv(columns, min(columns, max(1, q.arch.programs // q.batch)))
-        parts = _cdiv(columns, steps)
-        block_a = min(config.block_a, configs.next_power(q.num_a))
-        return (
-            (q.batch * parts,),
-            (*q.s_x, *q.s_key, *q.s_size, *q.s_down, *q.s_up, *q.s_mask, *q.s_delta,
-             q.num_a, q.num_b, q.prefix, q.width, q.dim, q.channels, q.heads, q.hidden, *q.scale, parts, steps),
-            {"BA": block_a, "BD": config.block_d, "ONE": bool(block_a >= q.num_a), **q.short_flags(),
-             "num_warps": config.warps, "num_stages": config.stages},
-        )  # fmt: skip
-
+def _forward_short(q: _Problem, config: configs.Short, t: dict[str, Tensor]) -> None:
+    block_a = min(config.block_a, configs.next_power(q.num_a))
+    one = bool(block_a >= q.num_a)
+    # The batch decides only how many programs share an image's columns; what each one computes stays the same.
+    parts, steps = _shared_out(_cdiv(q.dim, config.block_d), q.arch.multiprocessors * config.fit // q.batch)
+    t["own_match"] = t["match"] if one else q.new(t["x"], q.batch * parts, q.num_a, dtype=torch.int32)
     q.launch(
-        short.merge_short, merge,
-        i.x, i.key, i.size, i.down, i.up, i.mask, i.delta, i.a, i.b, tokens, merged_size, match, second, mid,
+        short.merge_short, t,
+        lambda: (
+            (q.batch * parts,),
+            {"parts": parts, "steps": steps, "BA": block_a, "BB": q.short, "BC": configs.next_power(q.channels),
+             "BH": configs.next_power(max(q.hidden, 1)), "BD": config.block_d, "ONE": one},
+            config.warps, config.stages,
+        ),
     )  # fmt: skip
 
 
@@ -377,12 +356,14 @@ def _launch_forward(
     config = q.arch.forward.get((q.item, q.raw, q.short)) if q.short is not None else None
     if config is not None and not q.arch.ordered and config.block_a < q.num_a:
         config = None
-    inputs = _Inputs(*tensors, q.traced)
+    tokens, merged_size, match, second, mid = outputs
+    t = _inputs(*tensors, q.traced)
+    t |= {"tokens": tokens, "merged_size": merged_size, "match": match, "second": second, "mid": mid}
     with _on_device(x.device) if _plain(x) else _NOWHERE:
         if config is None:
-            _forward_long(q, inputs, *outputs)
+            _forward_long(q, t)
         else:
-            _forward_short(q, config, inputs, *outputs)
+            _forward_short(q, config, t)
     return outputs
 
 
@@ -412,157 +393,62 @@ def _launch_backward(
     if q.num_a == 0:  # no source: nothing reaches a key
         for grad in outputs[1:]:
             grad.zero_()
+    t = _inputs(*inputs, split_a, split_b, q.traced)
+    t |= dict(zip(("tokens", "merged_size", "match", "second", "mid"), saved, strict=True))
+    t |= dict(zip(("grad_x", "grad_in_size", "grad_down", "grad_up", "grad_refined", "grad_key"), outputs, strict=True))
+    t |= {"grad": grad_tokens, "grad_size": grad_tokens if grad_size is None else grad_size}
     with _on_device(x.device) if _plain(x) else _NOWHERE:
-        _backward(q, _Inputs(*inputs, split_a, split_b, q.traced), grad_tokens, grad_size, *saved, *outputs)
+        if q.keys:
+            _backward_keys(q, t)
+        elif q.spread:
+            q.launch(tiled.spread_gradient, t, lambda: ((q.batch * q.spread,), {"BD": _columns(q)}, 4, 3))
     return outputs
 
 
-def _backward(
-    q: _Gradient, i: _Inputs, grad_tokens: Tensor, grad_size: Tensor | None, tokens: Tensor, merged_size: Tensor, match: Tensor,
-    second: Tensor, mid: Tensor, grad_x: Tensor, grad_in_size: Tensor, grad_down: Tensor, grad_up: Tensor,
-    grad_refined: Tensor, grad_key: Tensor,
-) -> None:  # fmt: skip
-    config = q.config
-    if grad_size is None:
-        grad_size = grad_tokens
-    weights = q.need_weights and q.keys
-    sums = q.new(i.x, q.pieces, 2, q.channels, q.hidden) if weights else i.key
-    if config is not None:
-        _backward_short(
-            q, config, i, grad_tokens, grad_size, tokens, merged_size, match, second, mid, grad_x, grad_in_size, grad_refined,
-            grad_key, sums,
-        )  # fmt: skip
-    else:
-        _backward_long(
-            q, i, grad_tokens, grad_size, tokens, merged_size, match, second, mid, grad_x, grad_in_size, grad_refined, grad_key,
-            sums,
-        )  # fmt: skip
-    if weights:
-        q.launch(
-            long.reduce_partials,
-            lambda: (
-                (_cdiv(2 * q.channels * q.hidden, 64),), (q.pieces, q.channels, q.hidden),
-                {"BP": 16, "BE": 64, "DOUBLE": q.double, "num_warps": 4},
-            ),
-            sums, grad_down, grad_up,
-        )  # fmt: skip
+def _columns(q: _Problem) -> int:
+    """Columns of x in one step of the gather."""
+    return min(256, configs.next_power(q.dim))
 
 
-def _backward_short(
-    q: _Gradient, config: configs.Short, i: _Inputs, grad_tokens: Tensor, grad_size: Tensor, tokens: Tensor,
-    merged_size: Tensor, match: Tensor, second: Tensor, mid: Tensor, grad_x: Tensor, grad_in_size: Tensor, grad_refined: Tensor,
-    grad_key: Tensor, sums: Tensor,
-) -> None:  # fmt: skip
-    # What a program puts aside for itself: k', in the parts that products take, its norm, the mean key; dk̂.
-    parts = norm = mean = i.key
-    if not q.raw:
-        planes, dtype = (3, torch.bfloat16) if q.split else (1, torch.float32)
-        parts = i.x.new_empty((q.batch, planes, q.rows, q.channels), dtype=dtype)
-    if q.cosine:
-        norm = q.new(i.x, q.batch, q.rows)
-    if q.mean:
-        mean = q.new(i.x, q.batch, q.rows, q.channels)
-    unit_grad = q.new(i.x, q.batch, q.rows, q.channels)
-    q.launch(
-        short.backward_short,
-        lambda: (
-            (q.batch * (1 + q.spread),),
-            (*q.outside(), *q.key_strides(), q.num_a, q.num_b, q.prefix, q.width, q.dim, q.channels, q.heads, q.hidden,
-             *q.scale, q.batch),
-            {"BA": min(config.block_a, configs.next_power(q.num_a)), "BD": config.block_d,
-             "BY": config.block_d * (1 if q.num_b > 128 else 2), "BK": min(config.rows, 8 * config.warps), "BF": config.rows,
-             "BS": q.spread_columns, "MEAN": q.mean, **q.spread_flags(), **q.short_flags(), "NEED_WEIGHTS": q.need_weights,
-             "NEED_REFINED": q.need_refined, "NEED_KEY": q.need_key, "num_warps": config.warps, "num_stages": config.stages},
-        ),
-        grad_tokens, grad_size, i.x, i.key, i.size, i.down, i.up, i.mask, i.delta, i.a, i.b, tokens, merged_size, match, second,
-        mid, parts, norm, mean, unit_grad, grad_x, grad_in_size, grad_refined, grad_key, sums,
-    )  # fmt: skip
+def _backward_keys(q: _Gradient, t: dict[str, Tensor]) -> None:
+    """The backward where a gradient reaches the key path; the gather comes with the first launch."""
+    tiles, x = q.tiles, t["x"]
+    t |= q.prepared(x)
+    t["mean"] = q.new(x, q.batch, q.merged + q.num_a, q.channels) if q.mean else t["key"]
+    t["gamma"] = q.new(x, q.batch, q.num_b)
 
+    def prepare() -> Plan:
+        of_rows, of_sizes = q.batch * _cdiv(q.rows, tiles.rows), q.batch * _cdiv(q.num_b, tiles.rows)
+        return q.tiled(
+            of_rows + of_sizes + q.batch * q.spread, row_programs=of_rows, size_programs=of_sizes, BK=tiles.rows, BD=_columns(q)
+        )
 
-def _backward_long(
-    q: _Gradient, i: _Inputs, grad_tokens: Tensor, grad_size: Tensor, tokens: Tensor, merged_size: Tensor, match: Tensor,
-    second: Tensor, mid: Tensor, grad_x: Tensor, grad_in_size: Tensor, grad_refined: Tensor, grad_key: Tensor, sums: Tensor,
-) -> None:  # fmt: skip
-    t = q.tiles
-    if q.spread:
-        q.launch(
-            long.spread_gradient_kernel,
-            lambda: (
-                (q.batch * q.spread,),
-                (*q.outside(), q.num_a, q.merged, q.prefix, q.width, q.dim),
-                {"BD": q.spread_columns, "DOUBLE": q.double, **q.spread_flags(), "num_warps": 4},
-            ),
-            grad_tokens, grad_size, i.x, i.size, tokens, merged_size, match, i.a, i.b, grad_x, grad_in_size,
-        )  # fmt: skip
-    if not q.keys:
-        return
+    q.launch(tiled.prepare_backward, t, prepare)
+    t["share"] = q.new(x, q.batch, q.pair_columns, q.num_a)
+    t["partial"] = q.new(x, q.batch, q.planes_out, q.rows, q.channels)
+    blocks_c = _cdiv(q.channels, tiles.block_c)
 
-    prepared, norm = q.prepared(i.x)
-    mean = q.new(i.x, q.batch, q.prefix + q.rows, q.channels) if q.mean else i.key
-    gamma = q.new(i.x, q.batch, q.num_b)
+    def pairs(step: int) -> Plan:
+        own = {"step": step, "BA": tiles.block_a, "BB": tiles.block_b, "BD": tiles.block_d}
+        return (q.batch * q.pair_rows * q.pair_columns, blocks_c), own, tiles.warps, tiles.stages
 
-    def prepare() -> Call:
-        size_programs = q.batch * _cdiv(q.num_b, t.rows)
-        return (
-            (size_programs + q.batch * _cdiv(q.rows, t.rows),),
-            (*q.key_strides(), *q.s_grad, *q.s_gs, *q.s_tok,
-             q.num_a, q.rows, q.prefix, q.width, q.dim, q.channels, q.heads, q.hidden, *q.scale, size_programs),
-            {"BD": q.spread_columns, "GRAD_SIZE": q.grad_sized, "MEAN": q.mean, **q.key_flags()},
-        )  # fmt: skip
-
-    q.launch(
-        long.prepare_backward, prepare,
-        i.key, i.delta, i.down, i.up, i.mask, i.a, i.b, prepared, norm, mean,
-        grad_tokens, grad_size, tokens, merged_size, gamma,
-    )  # fmt: skip
-    unit_grad = q.new(i.x, q.batch, q.rows, q.channels)
-    share = q.new(i.x, q.batch, q.num_a)
-
-    def tiles(blocks: int) -> Call:
-        return (
-            (q.batch * blocks, _cdiv(q.channels, t.block_c)),
-            (*q.s_grad, *q.s_x, *q.s_size, q.num_a, q.num_b, q.prefix, q.width, q.dim, q.channels),
-            {"BA": t.block_a, "BB": t.block_b, "BC": t.block_c, "BD": t.block_d, "LISTED": q.listed, "SIZED": q.sized,
-             "COSINE": q.cosine, "WHOLE": q.whole, "DOUBLE": q.double, "SPLIT": q.split, "num_warps": t.warps,
-             "num_stages": t.stages},
-        )  # fmt: skip
-
-    tensors = (grad_tokens, i.x, i.size, merged_size, gamma, prepared, norm, match, second, mid, i.a, share, unit_grad)
-    q.launch(long.row_pass, lambda: tiles(_cdiv(q.num_a, t.block_a)), *tensors)
-    q.launch(long.column_pass, lambda: tiles(_cdiv(q.num_b, t.block_b)), *tensors)
-    q.launch(
-        long.refined_gradient,
-        lambda: (
-            (q.batch * _cdiv(q.prefix + q.rows, t.rows),),
-            (q.num_a, q.rows, q.prefix, q.width, q.channels, q.heads),
-            {"BR": t.rows, "BC": t.block_c, "LISTED": q.listed, "COSINE": q.cosine, "KEEP": q.through,
-             "NEED_REFINED": q.need_refined, "NEED_KEY": q.need_key and not q.refined, "DOUBLE": q.double, "num_warps": t.warps,
-             "num_stages": t.stages},
-        ),
-        unit_grad, prepared, norm, i.a, i.b, grad_refined, grad_key,
-    )  # fmt: skip
+    for step in range(q.row_steps):
+        q.launch(tiled.pair_pass, t, lambda step=step: pairs(step), step)  # type: ignore[misc]
+    of_tokens = q.batch * _cdiv(q.merged + q.num_a, tiles.rows)
+    t["refined_grad"] = q.new(x, q.batch, q.rows, q.channels) if q.through else t["partial"]
+    q.launch(tiled.refined_gradient, t, lambda: q.tiled(of_tokens, BI=tiles.block_a))
     if q.need_key and q.refined:
-        q.launch(
-            long.attached_gradient,
-            lambda: (
-                (q.batch * _cdiv(q.prefix + q.rows, t.rows),),
-                (*q.inner_strides(), q.num_a, q.rows, q.prefix, q.width, q.channels, q.inner_heads, q.heads, q.hidden,
-                 *q.scale),
-                q.inner_flags(),
-            ),
-            unit_grad, mean, i.down, i.up, i.mask, i.a, i.b, grad_key,
-        )  # fmt: skip
+        q.launch(tiled.attached_gradient, t, lambda: q.tiled(of_tokens))
     if q.need_weights:
-        q.launch(
-            long.weight_partials,
-            lambda: (
-                (q.pieces, _cdiv(q.hidden, q.block_h), _cdiv(q.channels, t.block_c)),
-                (*q.inner_strides(), q.num_a, q.rows, q.prefix, q.width, q.channels, q.inner_heads, q.hidden, *q.scale,
-                 q.piece),
-                q.inner_flags(),
-            ),
-            unit_grad, mean, i.down, i.up, i.mask, i.a, i.b, sums,
-        )  # fmt: skip
+        t["sums"] = q.new(x, q.pieces, 2, q.channels, q.hidden)
+
+        def weights() -> Plan:
+            grid = (q.pieces, _cdiv(q.hidden, q.block_h), blocks_c)
+            return grid, {"rows_per_program": q.piece}, tiles.warps, tiles.stages
+
+        q.launch(tiled.weight_partials, t, weights)
+        grid = (_cdiv(2 * q.channels * q.hidden, 64),)
+        q.launch(tiled.reduce_partials, t, lambda: (grid, {"pieces": q.pieces, "BP": 16, "BE": 64}, 4, 3))
 
 
 # --- registration ----------------------------------------------------------------------------------------------------

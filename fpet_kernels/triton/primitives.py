@@ -73,6 +73,42 @@ def split_scalar(high, low, DOUBLE: tl.constexpr):
         return tl.cast(high, tl.float32)
 
 
+@triton.jit
+def product(a, b):
+    """a b, to be summed over a row: rounded by itself.
+
+    Compilers fuse a multiplication with an addition, also with that of what came from another lane. Each lane's own share is
+    then exact and the others' are rounded, and copies of one sum, which lanes hold for each other, differ in the last bit.
+    """
+    return tl.fma(a, b, zeros_like(a))
+
+
+@triton.jit
+def unknown_zero(n):
+    """0 for 0 ≤ n < 2²⁴, which the compiler does not know: what it is added to is not worked out earlier and kept in registers.
+
+    A multiple of 16, which the compiler does know: addresses stay aligned.
+    """
+    return (n >> 24) * 16
+
+
+@triton.jit
+def zeros_like(t):
+    return tl.zeros(t.shape, t.dtype)
+
+
+@triton.jit
+def relu(t):
+    """max(t, 0), and NaN stays NaN: tl.maximum drops it on GPUs, though not in the interpreter."""
+    return tl.where(t <= 0, 0.0, t)
+
+
+@triton.jit
+def relu_gradient(pre, grad):
+    """``grad`` where ``pre`` > 0. NaN is not taken for closed: what diverged must show."""
+    return tl.where(pre <= 0, 0.0, grad)
+
+
 # --- products on matrix units ----------------------------------------------------------------------------------------
 
 
@@ -86,73 +122,53 @@ def _mma(a, b, acc):
 
 
 @triton.jit
-def split_float32(t):
-    """t = high + middle + low in bfloat16; exact for float32 whose magnitude is not at the very ends of the range."""
-    high = to_bfloat16(t)
-    rest = t - high.to(tl.float32)
-    middle = to_bfloat16(rest)
-    return high, middle, to_bfloat16(rest - middle.to(tl.float32))
+def parts_of(t, PARTS: tl.constexpr):
+    """``t`` as a sum of bfloat16, the largest first; what is bfloat16 is its own only part.
+
+    Three parts are exact for float32 whose magnitude is not at the very ends of the range, two are good to 2^-17.
+    """
+    if t.dtype == tl.bfloat16:
+        return (t,)
+    else:
+        t = t.to(tl.float32)
+        high = to_bfloat16(t)
+        rest = t - high.to(tl.float32)
+        middle = to_bfloat16(rest)
+        if PARTS == 2:
+            return high, middle
+        else:
+            return high, middle, to_bfloat16(rest - middle.to(tl.float32))
 
 
 @triton.jit
-def _six_products(a_high, a_middle, a_low, b_high, b_middle, b_low, part):
-    """part + a b of float32 operands in three bfloat16 parts each, small terms first."""
-    part = _mma(a_low, b_high, part)
-    part = _mma(a_high, b_low, part)
-    part = _mma(a_middle, b_middle, part)
-    part = _mma(a_middle, b_high, part)
-    part = _mma(a_high, b_middle, part)
-    return _mma(a_high, b_high, part)
+def dot_of_parts(a, b, acc, PARTS: tl.constexpr):
+    """acc + a b of operands in bfloat16 parts, small terms first.
+
+    Of three parts by three, six products are kept: what is dropped is below 2^-24 of the product of the two magnitudes. Of two
+    by two, three: 2^-16.
+    """
+    part = tl.zeros(acc.shape, tl.float32)  # matrix units truncate as they accumulate: keep their sums short
+    for together in tl.static_range(PARTS - 1, -1, -1):
+        for i in tl.static_range(0, together + 1):
+            if i < len(a) and together - i < len(b):
+                part = _mma(a[i], b[together - i], part)
+    return acc + part
 
 
 @triton.jit
-def exact_dot(a, b, acc, SPLIT: tl.constexpr):
-    """acc + a b to float32 accuracy (float64 for float64 operands), never through tf32.
+def exact_dot(a, b, acc, PARTS: tl.constexpr):
+    """acc + a b to the accuracy of PARTS, never through tf32.
 
-    16-bit operands of one type go to the matrix units as they are. A float32 operand is the sum of three bfloat16
-    (SPLIT): six of the nine products are kept, what is dropped is below 2^-24 of the product of the two magnitudes, and
-    small terms are added first. Without SPLIT, float32 multiply-adds.
+    16-bit operands of one type go to the matrix units as they are. With PARTS = 0, float32 (or float64) multiply-adds.
     """
     if a.dtype == tl.float64:  # tl.dot in float64 does not compile for every target
         return acc + tl.sum(a[:, :, None] * b[None, :, :], axis=1)
     elif a.dtype == b.dtype and a.dtype != tl.float32:
         return _mma(a, b, acc)
-    elif SPLIT:
-        part = tl.zeros(acc.shape, tl.float32)  # matrix units truncate as they accumulate: keep their sums short
-        if a.dtype == tl.bfloat16:
-            high, middle, low = split_float32(b.to(tl.float32))
-            part = _mma(a, low, part)
-            part = _mma(a, middle, part)
-            part = _mma(a, high, part)
-        elif b.dtype == tl.bfloat16:
-            high, middle, low = split_float32(a.to(tl.float32))
-            part = _mma(low, b, part)
-            part = _mma(middle, b, part)
-            part = _mma(high, b, part)
-        else:
-            a_high, a_middle, a_low = split_float32(a.to(tl.float32))
-            b_high, b_middle, b_low = split_float32(b.to(tl.float32))
-            part = _six_products(a_high, a_middle, a_low, b_high, b_middle, b_low, part)
-        return acc + part
-    else:
+    elif PARTS == 0:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-
-
-@triton.jit
-def dot_of_parts(
-    a_high, a_middle, a_low, b_high, b_middle, b_low, acc, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr, SPLIT: tl.constexpr
-):
-    """acc + a b as :func:`exact_dot`, where the parts of float32 operands may be at hand; else an operand is its high part."""
-    if not (A_PARTS or B_PARTS):
-        return exact_dot(a_high, b_high, acc, SPLIT)
     else:
-        if not A_PARTS:
-            a_high, a_middle, a_low = split_float32(a_high)
-        if not B_PARTS:
-            b_high, b_middle, b_low = split_float32(b_high)
-        part = tl.zeros(acc.shape, tl.float32)  # matrix units truncate as they accumulate: keep their sums short
-        part = _six_products(a_high, a_middle, a_low, b_high, b_middle, b_low, part)
-        return acc + part
+        return dot_of_parts(parts_of(a, PARTS), parts_of(b, PARTS), acc, PARTS)
 
 
 # --- positions -------------------------------------------------------------------------------------------------------
@@ -196,45 +212,6 @@ def merged_token(e, mask, p_split_b, prefix, width, LISTED: tl.constexpr):
     return tl.where(e < prefix, e.to(tl.int64), of_destination)
 
 
-# --- keys ------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def load_key(
-    p_key, stride_head, stride_token, stride_channel, heads, tokens, row_mask, c, channels,
-    DOUBLE: tl.constexpr, AT_ONCE: tl.constexpr = 1,
-):  # fmt: skip
-    """[rows, channels] of one image's key, averaged over its heads; AT_ONCE: heads on their way at a time."""
-    pointers = p_key + tokens[:, None] * stride_token + c.to(tl.int64)[None, :] * stride_channel
-    mask = row_mask[:, None] & (c < channels)[None, :]
-    total = wide(tl.load(pointers, mask=mask, other=0.0), DOUBLE)
-    for _ in tl.range(1, heads, loop_unroll_factor=AT_ONCE):
-        pointers += stride_head
-        total += wide(tl.load(pointers, mask=mask, other=0.0), DOUBLE)
-    return total * reciprocal(heads, DOUBLE)
-
-
-@triton.jit
-def load_matrix(p, row, rows, stride_row, column, columns, stride_column, DOUBLE: tl.constexpr):
-    """[row, column] of a small matrix, zero outside."""
-    pointers = p + row.to(tl.int64)[:, None] * stride_row + column.to(tl.int64)[None, :] * stride_column
-    return wide(tl.load(pointers, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0), DOUBLE)
-
-
-@triton.jit
-def inverse_norm(norm):
-    """1 / max(‖k'‖, 1e-12)."""
-    return 1.0 / tl.maximum(norm, NORM_EPS)
-
-
-@triton.jit
-def square_root(t):
-    if t.dtype == tl.float64:
-        return tl.sqrt(t)
-    else:
-        return tl.sqrt_rn(t)
-
-
 # --- matching --------------------------------------------------------------------------------------------------------
 
 
@@ -256,9 +233,34 @@ def top_two(scores, valid):
 
 
 @triton.jit
+def better_two(best, i_best, second, i_second, other_best, i_other_best, other_second, i_other_second):
+    """The two best of two pairs, of which the first come from lower columns and win ties."""
+    wins = other_best > best
+    return (
+        tl.where(wins, other_best, best),
+        tl.where(wins, i_other_best, i_best),
+        tl.where(wins, tl.where(best >= other_second, best, other_second), tl.where(other_best > second, other_best, second)),
+        tl.where(
+            wins,
+            tl.where(best >= other_second, i_best, i_other_second),
+            tl.where(other_best > second, i_other_best, i_second),
+        ),
+    )
+
+
+@triton.jit
 def second_column(second, i_second, i_best):
     """Where nothing but the best has a score, the second is the lowest column that is not the best."""
     return tl.where(second == float("-inf"), tl.where(i_best == 0, 1, 0), i_second)
+
+
+@triton.jit
+def middle(best, second):
+    """Mean of the two best scores; NaN where the second is none, as every score but the best is NaN (or −inf) there.
+
+    With a mid of −inf the gradients of such a row would vanish instead of being NaN, as plain PyTorch's are.
+    """
+    return tl.where(second == float("-inf"), float("nan"), (best + second) * 0.5)
 
 
 @triton.jit

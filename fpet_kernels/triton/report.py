@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, for GPUs that need not be there: registers, spills, shared memory.
+"""What the compiler makes of the kernels, for GPUs that need not be there: registers, spills, shared memory, waves.
 
     python -m fpet_kernels.triton.report                      # the representative shapes, every architecture of the tables
     python -m fpet_kernels.triton.report --target sm90 --case "ViT-B/16 bf16" --json
@@ -12,20 +12,45 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["CASES", "TARGETS", "Case", "Row", "absent_gpu", "arguments", "compile_case", "main", "record", "usage"]
+__all__ = [
+    "BATCHES", "CASES", "MULTIPROCESSORS", "TARGETS", "Case", "Multiprocessor", "Row", "absent_gpu", "arguments",
+    "compile_case", "fitting", "launched_programs", "main", "record", "usage",
+]  # fmt: skip
 
 TARGETS = {"sm80": ("cuda", 80, 32), "sm90": ("cuda", 90, 32), "sm100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+BATCHES = (1, 16, 64, 256)  # for which programs and waves are reported
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What the programs that run on one at once share: 32-bit registers, threads, programs, bytes of shared memory.
+
+    Each program takes ``reserved`` bytes more than it asks for.
+    """
+
+    registers: int
+    threads: int
+    programs: int
+    shared: int
+    reserved: int
+
+
+MULTIPROCESSORS = {
+    "sm80": Multiprocessor(65_536, 2_048, 32, 167_936, 1_024), "sm90": Multiprocessor(65_536, 2_048, 32, 233_472, 1_024),
+    "sm100": Multiprocessor(65_536, 2_048, 32, 233_472, 1_024), "gfx942": Multiprocessor(131_072, 2_048, 32, 65_536, 0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +85,13 @@ CASES = (
 
 @dataclass(frozen=True)
 class Row:
-    """One compiled kernel. spills: registers (AMD) or bytes of stack (NVIDIA) that live in memory; None: not known."""
+    """One compiled kernel.
+
+    Attributes:
+        spills: registers (AMD) or bytes of stack (NVIDIA) that live in memory; None: not known.
+        fit: programs that run on one multiprocessor at once.
+        programs: of a launch, by batch.
+    """
 
     case: str
     target: str
@@ -70,6 +101,23 @@ class Row:
     shared: int
     warps: int
     stages: int
+    fit: int = 0
+    programs: dict[int, int] = field(default_factory=dict)
+
+    def waves(self) -> dict[int, int]:
+        """By batch, how often all multiprocessors are filled with programs."""
+        from . import configs
+
+        at_once = max(1, self.fit) * configs.TABLES[self.target].multiprocessors
+        return {batch: -(-programs // at_once) for batch, programs in self.programs.items()}
+
+
+def fitting(target: str, registers: int | None, shared: int, warps: int) -> int:
+    """Programs of a kernel that run on one multiprocessor at once; an unknown number of registers counts as 32."""
+    of, lanes = MULTIPROCESSORS[target], TARGETS[target][2]
+    threads = lanes * warps
+    taken = -(-(registers or 32) // 8) * 8 * threads
+    return min(of.registers // taken, of.threads // threads, of.programs, of.shared // (shared + of.reserved or 1))
 
 
 def arguments(case: Case, make: Callable[[tuple[int, ...], torch.dtype], torch.Tensor]) -> tuple[tuple, Callable[..., tuple]]:
@@ -89,7 +137,7 @@ def arguments(case: Case, make: Callable[[tuple[int, ...], torch.dtype], torch.T
     return (*inputs, *problem), lambda *results: (results[0], results[1], *inputs, *results, *problem, *needs)
 
 
-def record(case: Case) -> list[tuple[Any, tuple, dict[str, Any]]]:
+def record(case: Case) -> list[tuple[Any, tuple, dict[str, Any], tuple[int, ...]]]:
     """The launches of one forward and backward, on tensors without storage."""
     from . import ops
 
@@ -133,12 +181,23 @@ def absent_gpu(name: str) -> Iterator[None]:
         driver._active = before
 
 
-def usage(kernel: Any, args: tuple, meta: dict[str, Any], case: str, target: str) -> Row:
+def usage(kernel: Any, args: tuple, meta: dict[str, Any], grid: tuple[int, ...], case: str, target: str) -> Row:
     """Compiles one recorded launch as Triton would before making it (its cache is filled), inside :func:`absent_gpu`."""
     compiled = kernel.run(*args, grid=(1, 1, 1), warmup=True, **meta)
     found = _nvidia_usage(compiled.asm["cubin"]) if target.startswith("sm") else _amd_usage(compiled.asm["amdgcn"])
     metadata = compiled.metadata
-    return Row(case, target, kernel.fn.__name__, *found, metadata.shared, metadata.num_warps, metadata.num_stages)
+    fit = fitting(target, found[0], metadata.shared, metadata.num_warps)
+    return Row(case, target, kernel.fn.__name__, *found, metadata.shared, metadata.num_warps, metadata.num_stages, fit)
+
+
+def launched_programs(case: Case) -> dict[str, dict[int, int]]:
+    """Programs of each kernel's launch by batch; of several launches, of the largest. Nothing is compiled."""
+    found: dict[str, dict[int, int]] = {}
+    for batch in BATCHES:
+        for kernel, _args, _meta, grid in record(replace(case, batch=batch)):
+            programs = found.setdefault(kernel.fn.__name__, {})
+            programs[batch] = max(programs.get(batch, 0), math.prod(grid))
+    return found
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int | None, int | None]:
@@ -168,12 +227,25 @@ def _amd_usage(assembly: str) -> tuple[int | None, int | None]:
 def compile_case(case: Case, target: str, kernels: tuple[str, ...] = ()) -> list[Row]:
     """Compiles the launches of one case for one target; ``kernels`` keeps only those of that name."""
     with absent_gpu(target):
-        launches = [launch for launch in record(case) if not kernels or launch[0].fn.__name__ in kernels]
-        return [usage(*launch, case.name, target) for launch in launches]
+        # A kernel that is launched several times, for several parts of a problem, is compiled once.
+        launches = {launch[0]: launch for launch in record(case) if not kernels or launch[0].fn.__name__ in kernels}
+        programs = launched_programs(case)
+        rows = [usage(*launch, case.name, target) for launch in launches.values()]
+        return [replace(row, programs=programs.get(row.kernel, {})) for row in rows]
+
+
+def _line(row: Row) -> str:
+    waves = row.waves()
+    programs = "  ".join(f"B={batch}: {programs} ({waves[batch]})" for batch, programs in row.programs.items())
+    return (
+        f"{row.target:7} {row.case:28} {row.kernel:18} {row.registers!s:>4} registers {row.spills!s:>5} spilled "
+        f"{row.shared / 1024:7.1f} KiB shared  {row.warps} warps {row.stages} stages {row.fit:2} fit"
+        f"  programs (waves) {programs}"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the report; returns 1 where a short-grid kernel spills or a kernel needs more shared memory than there is."""
+    """Prints the report; returns 1 where the fused forward spills or a kernel needs more shared memory than there is."""
     from . import configs
     from .primitives import INTERPRETED
 
@@ -191,18 +263,9 @@ def main(argv: list[str] | None = None) -> int:
             continue
         for target in options.target or TARGETS:
             for row in compile_case(case, target, tuple(options.kernel)):
-                short = row.kernel in ("merge_short", "backward_short")
-                bad = (short and bool(row.spills)) or row.shared > configs.TABLES[target].shared
+                bad = (row.kernel == "merge_short" and bool(row.spills)) or row.shared > configs.TABLES[target].shared
                 failures += bad
-                if options.json:
-                    print(json.dumps(asdict(row)), flush=True)
-                else:
-                    print(
-                        f"{row.target:7} {row.case:28} {row.kernel:24} {row.registers!s:>4} registers "
-                        f"{row.spills!s:>5} spilled "
-                        f"{row.shared / 1024:7.1f} KiB shared  {row.warps} warps {row.stages} stages{'  ✗' if bad else ''}",
-                        flush=True,
-                    )
+                print(json.dumps(asdict(row)) if options.json else f"{_line(row)}{'  ✗' if bad else ''}", flush=True)
     return 1 if failures else 0
 
 
