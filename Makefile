@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup test test-all ctest ctest-sanitize ctest-arm pytest pytest-emulated lint bench wheels hub test-abi clean distclean
+.PHONY: help setup test test-all test-ptx ctest ctest-sanitize ctest-arm pytest pytest-emulated lint bench wheels hub test-abi clean distclean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -41,6 +41,8 @@ help:
 	@echo "make wheels       sdist and wheel into dist/, and how large they are; FPET_CUDA=1: one with CUDA kernels too"
 	@echo "make hub          the layout for Hugging Face's kernels into build/hub, loaded by that package"
 	@echo "make test-abi     that wheel tested under torch $(TORCH_ABI) (TORCH_ABI=…), in a new environment of python3 (PYTHON=…)"
+	@echo "make test-ptx     the PTX of the Triton kernels executed, in every case; counts of instructions and round trips"
+	@echo "make test-abi     the wheel built here, tested under torch $(TORCH_ABI) (TORCH_ABI=…)"
 	@echo "make ctest-arm    C++ tests cross-compiled for 64-bit Arm, run by qemu (g++-aarch64-linux-gnu, qemu-user)"
 	@echo "make gpu-prepare  for a GPU elsewhere: libraries and C++ tests into build/gpu; then there gpu-correct, -tables, -model, -tune"
 	@echo "make setup        only .venv and the native library; make clean, make distclean (.venv too)"
@@ -128,6 +130,11 @@ pytest-emulated: $(READY)
 	@test -e $(EMULATED) || { echo "make: make ctest builds what this runs" >&2; exit 1; }
 	OMP_NUM_THREADS=1 FPET_EMULATED_CUDA=$(EMULATED) $(PYTEST) $(TWO) -k cuda-cpu tests/test_conservation.py tests/test_cuda.py \
 	  tests/test_errors.py tests/test_golden.py tests/test_gradients.py tests/test_heads.py tests/test_properties.py tests/test_split.py
+
+# The PTX of the Triton kernels, executed in every case: the better part of an hour. pytest runs a handful of them.
+test-ptx: $(READY)
+	FPET_PTX=all $(PY) -m pytest -q tests/ptx
+	PYTHONPATH=tests:$(CURDIR):$(CURDIR)/python $(PY) -m ptx.counts
 
 lint: $(if $(wildcard $(READY)),,$(READY)) # needs the tools, not the latest library
 	PRE_COMMIT_HOME=$(CURDIR)/$(VENV)/pre-commit pre-commit run --all-files --show-diff-on-failure
