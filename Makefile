@@ -42,7 +42,6 @@ help:
 	@echo "make hub          the layout for Hugging Face's kernels into build/hub, loaded by that package"
 	@echo "make test-abi     that wheel tested under torch $(TORCH_ABI) (TORCH_ABI=…), in a new environment of python3 (PYTHON=…)"
 	@echo "make test-ptx     the PTX of the Triton kernels executed, in every case; counts of instructions and round trips"
-	@echo "make test-abi     the wheel built here, tested under torch $(TORCH_ABI) (TORCH_ABI=…)"
 	@echo "make ctest-arm    C++ tests cross-compiled for 64-bit Arm, run by qemu (g++-aarch64-linux-gnu, qemu-user)"
 	@echo "make gpu-prepare  for a GPU elsewhere: libraries and C++ tests into build/gpu; then there gpu-correct, -tables, -model, -tune"
 	@echo "make setup        only .venv and the native library; make clean, make distclean (.venv too)"

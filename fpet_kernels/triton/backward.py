@@ -340,10 +340,11 @@ def _unit_gradient(
         for plane in tl.static_range(len(planes_two)):
             grad -= weight[:, None] * wide(planes_two[plane], DOUBLE)
     if tl.max(r, axis=0) >= num_a:
-        grad -= _taken_from_destinations(
+        taken = _taken_from_destinations(
             p_share, p_prepared, p_norm, p_match, p_second, b, r - num_a, c, num_a, num_rows, prefix, channels, columns,
             BI, COSINE, DOUBLE, PLANES, PARTS,
         )  # fmt: skip
+        grad -= tl.where(is_source[:, None], 0.0, taken)  # 0 · NaN of a source must not reach its neighbours in the block
     return grad
 
 
@@ -352,7 +353,7 @@ def _taken_from_destinations(
     p_share, p_prepared, p_norm, p_match, p_second, b, j, c, num_a, num_rows, prefix, channels, columns, BI: tl.constexpr,
     COSINE: tl.constexpr, DOUBLE: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Σ share_i k̂_i over the sources of which destination ``j`` is one of the two best; 0 for j below 0."""
+    """Σ share_i k̂_i over the sources of which destination ``j`` is one of the two best."""
     total = zeros((j.shape[0], c.shape[0]), DOUBLE)
     for start in range(0, num_a, BI):
         i = start + tl.arange(0, BI)

@@ -36,7 +36,7 @@ def _cdiv(a: int, b: int) -> int:
 
 def _shared_out(blocks: int, most: int) -> tuple[int, int]:
     """``blocks`` shared out among as many as ``most``: how many take part, and how many blocks each one has."""
-    steps = _cdiv(blocks, max(1, min(blocks, most)))
+    steps = max(1, _cdiv(blocks, max(1, min(blocks, most))))
     return _cdiv(blocks, steps), steps
 
 

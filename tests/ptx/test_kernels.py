@@ -121,7 +121,7 @@ def test_matrix_units_that_truncate(target):
     check(random_problem(**MORE["float32"]), target, truncate=True)
 
 
-NAN = {"w_down": (0, 0), "w_up": (0, 0), "key": (slice(None), 0, 2), "key_delta": (slice(None), 2, 3)}  # token 2 is a source
+NAN = {"w_down": (0, 0), "w_up": (0, 0), "key": (slice(None), 0, 1), "key_delta": (slice(None), 1, 3)}  # token 1 is a source
 
 
 @pytest.mark.parametrize("long", [False, True], ids=["short", "tiled"])
