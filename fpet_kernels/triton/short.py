@@ -147,6 +147,12 @@ def merge_short(
     for step in range(0, steps):
         d = ((part * steps + step) * BD + tl.arange(0, BD)).to(tl.int64)
         d_mask = d < dim
+        # Asked for first, so that a step waits once.
+        mask = b_mask[:, None] & d_mask[None, :]
+        x_b = tl.load(p_x + token_b[:, None] * stride_x_n + d[None, :] * stride_x_d, mask=mask, other=0.0)
+        e = tl.arange(0, 16).to(tl.int64)
+        mask_e = (e < prefix)[:, None] & d_mask[None, :]
+        x_e = tl.load(p_x + e[:, None] * stride_x_n + d[None, :] * stride_x_d, mask=mask_e, other=0.0)
         total = tl.zeros((BB, BD), tl.float32)
         if ONE:
             x_a = tl.load(
@@ -166,16 +172,15 @@ def merge_short(
                 match = tl.load(p_own_match + i, mask=a_mask, other=-1)
                 size_a = _row_sizes(p_size, stride_size_n, token_a, a_mask, SIZED)
                 total = _gather_sources(match[None, :] == j[:, None], x_a, size_a, total, SIZED, PARTS)
-        mask = b_mask[:, None] & d_mask[None, :]
-        x_b = tl.load(p_x + token_b[:, None] * stride_x_n + d[None, :] * stride_x_d, mask=mask, other=0.0)
         total += x_b.to(tl.float32) * size_b[:, None]
         if x_b.dtype == tl.float32:
             value = tl.div_rn(total, tl.broadcast_to(tl.where(b_mask, n, 1.0)[:, None], (BB, BD)))
         else:
             value = total * inverse_n[:, None]
         store(p_tokens + (b * merged + prefix + j)[:, None] * dim + d[None, :], value, mask)
-        for start in range(0, prefix, 16):
-            e = (start + tl.arange(0, 16)).to(tl.int64)
-            mask_e = (e < prefix)[:, None] & d_mask[None, :]
-            x_e = tl.load(p_x + e[:, None] * stride_x_n + d[None, :] * stride_x_d, mask=mask_e, other=0.0)
-            tl.store(p_tokens + (b * merged + e)[:, None] * dim + d[None, :], x_e, mask=mask_e)
+        tl.store(p_tokens + (b * merged + e)[:, None] * dim + d[None, :], x_e, mask=mask_e)
+        for start in range(16, prefix, 16):
+            more = (start + tl.arange(0, 16)).to(tl.int64)
+            mask_more = (more < prefix)[:, None] & d_mask[None, :]
+            x_more = tl.load(p_x + more[:, None] * stride_x_n + d[None, :] * stride_x_d, mask=mask_more, other=0.0)
+            tl.store(p_tokens + (b * merged + more)[:, None] * dim + d[None, :], x_more, mask=mask_more)
