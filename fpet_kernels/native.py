@@ -53,7 +53,7 @@ def _load(name: str, works: str, rebuild: str) -> Status:
     if not path.exists():
         archive = next((parent for parent in path.parents if parent.is_file()), None)
         if archive is not None:
-            return Status(False, f"{name} can't be loaded out of {archive}", f"unpack it, or pip install: {rebuild}")
+            return Status(False, f"{name} can't be loaded out of {archive}", f"unpack it, or {rebuild}")
         return Status(False, f"{name} was not built", rebuild)
     if tuple(int(v) for v in torch.__version__.split("+")[0].split(".")[:2]) < _MIN_TORCH:
         why = f"torch {torch.__version__} is older than 2.10, the first with this stable ABI"
