@@ -86,7 +86,7 @@ class BDMMerge(_ReverseMode):
         values = keys or need_size  # products with tokens
         if run is not None:
             outputs = run(*args)
-        elif keys and not need_key and backend == "cpu" and i.key.dim() == 4 and i.key.shape[2] <= MEAN_TOKENS:
+        elif keys and not need_key and backend in ("cpu", "cuda") and i.key.dim() == 4 and i.key.shape[2] <= MEAN_TOKENS:
             # The mean of the heads is formed once, kept, and read by the backward instead of them. Not on long grids: beside
             # the scores, reading the heads again costs nothing there, and the mean takes memory.
             i = i._replace(key=fpet.average_heads(i.key, compute_dtype(*i[:5], i.key_delta) == torch.float64))

@@ -190,6 +190,7 @@ FPET_DEVICE void spread_image(const ImageGradientParams& p, int image, Tile& gra
     spread_row<S>(s, image, row + opaque(lane_index()) / kRowLanes, q.prefix);
   float along_y[2] = {0.f, 0.f}, along_b[2] = {0.f, 0.f}, along_a[2] = {0.f, 0.f};
   for (int d = 0; d < int(q.dim); d += kDepth) {
+    pass<place::steps>();
     const char* stage = ring.next(fill);
     const int at = d + piece * lanes;
     uint4 y_raw[2], x_raw[2];
@@ -205,6 +206,7 @@ FPET_DEVICE void spread_image(const ImageGradientParams& p, int image, Tile& gra
     };
     if (sizeof(S) == 2) load_rows();  // under way during the products; those of float32 need the registers
     add_products<S, false>(grad, stage, stage + kPanel);
+    pass<place::step_rows>();
     if (sizeof(S) == 4) load_rows();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -226,6 +228,7 @@ FPET_DEVICE void spread_image(const ImageGradientParams& p, int image, Tile& gra
       }
     }
   }
+  pass<place::steps_done>();
   const View &sizes = s.in.merged_size, &own_grad = s.in.grad_size;
   const auto merged = [&](int j) { return load_any<float>(sizes, image * sizes.stride[0] + (q.prefix + j) * sizes.stride[1]); };
 #pragma unroll
@@ -256,8 +259,11 @@ FPET_DEVICE void spread_image(const ImageGradientParams& p, int image, Tile& gra
 FPET_DEVICE void load_keys(const ImageGradientParams& p, int64_t image, int first, int rows, float* to) {
   const Problem& q = p.s.q;
   const int lanes = p.aligned_keys ? 16 / size_of(q.key.dtype) : 1, chunks = ceil_div(p.channels, lanes);
-  for (int e = int(threadIdx.x); e < rows * chunks; e += kThreads) {
-    const int r = e / chunks, c = (e - r * chunks) * lanes, token = row_vectors().token[vector_row(p, first + r)];
+  const int at_once = kThreads / chunks, own = int(threadIdx.x) / chunks, c = (int(threadIdx.x) - own * chunks) * lanes;
+  if (own >= at_once) return;  // chunks are no divisor of the threads
+  for (int r = own; r < rows; r += at_once) {
+    pass<place::keys>();
+    const int token = row_vectors().token[vector_row(p, first + r)];
     float* at = to + r * kKeyStride + c;
     if (token >= 0 && c < int(q.channels)) {
       mean_key(q, p.aligned_keys, image, token, c, at);
@@ -267,15 +273,34 @@ FPET_DEVICE void load_keys(const ImageGradientParams& p, int64_t image, int firs
   }
 }
 
+// A matrix of `rows` × `columns`, with zeros behind them, to shared memory: a row by a warp.
+template <class S>
+FPET_DEVICE void load_matrix(const View& view, int rows, int columns, int padded_rows, int padded_columns, float* to,
+                             int stride) {
+  for (int r = warp_index(); r < padded_rows; r += kWarps)
+    for (int c = lane_index(); c < padded_columns; c += 32) {
+      pass<place::matrix>();
+      const bool exists = r < rows && c < columns;
+      to[r * stride + c] = exists ? to_compute(((const S*)view.data)[r * view.stride[0] + c * view.stride[1]]) : 0.f;
+    }
+}
+
+FPET_DEVICE void load_matrix(const View& view, int64_t rows, int64_t columns, int padded_rows, int padded_columns, float* to,
+                             int stride) {
+  if (view.dtype == DType::f32) {
+    load_matrix<float>(view, int(rows), int(columns), padded_rows, padded_columns, to, stride);
+  } else if (view.dtype == DType::bf16) {
+    load_matrix<bf16>(view, int(rows), int(columns), padded_rows, padded_columns, to, stride);
+  } else {
+    load_matrix<f16>(view, int(rows), int(columns), padded_rows, padded_columns, to, stride);
+  }
+}
+
 FPET_DEVICE void load_weights(const ImageGradientParams& p) {
   const Problem& q = p.s.q;
-  float *down = in_tail(p, p.down), *up = in_tail(p, p.up);
-  for (int e = int(threadIdx.x); e < p.hidden * p.channels; e += kThreads) {
-    const int h = e / p.channels, c = e - h * p.channels;
-    const bool exists = h < q.hidden && c < q.channels;
-    down[h * kKeyStride + c] = exists ? load_any<float>(q.w_down, h * q.w_down.stride[0] + c * q.w_down.stride[1]) : 0.f;
-    up[c * p.unit_stride + h] = exists ? load_any<float>(q.w_up, c * q.w_up.stride[0] + h * q.w_up.stride[1]) : 0.f;
-  }
+  load_matrix(q.w_down, q.hidden, q.channels, p.hidden, p.channels, in_tail(p, p.down), kKeyStride);
+  load_matrix(q.w_up, q.channels, q.hidden, p.channels, p.hidden, in_tail(p, p.up), p.unit_stride);
+  pass<place::matrices_loaded>();
 }
 
 // What the dropout mask makes of hidden unit h of a row of k'.
@@ -291,7 +316,7 @@ FPET_DEVICE void form_units(const ImageGradientParams& p, int64_t image, const f
   const int row = tile / (p.hidden / 8) * 16, column = tile % (p.hidden / 8) * 8;
   const float* down = in_tail(p, p.down);
   float d[1][1][4] = {};
-  multiply_wide<1, 1>(
+  multiply_wide<place::units, 1, 1>(
       d, p.channels, false, [&](int r, int k) { return pair_along(keys + (row + r) * kKeyStride + k); },
       [&](int h, int k) { return pair_along(down + (column + h) * kKeyStride + k); });
   each_of_tile(d[0][0], row, column, [&](int r, int h, float v) {
@@ -306,6 +331,7 @@ FPET_DEVICE void prepare_image(const ImageGradientParams& p, int64_t image) {
   float* keys = key_rows(p);
   const int rows = p.rows_a + p.rows_b;
   load_keys(p, image, 0, rows, keys);
+  pass<place::keys_loaded>();
   if (p.hidden) {
     load_weights(p);
     float *units = in_tail(p, p.pool), *up = in_tail(p, p.up);
@@ -319,7 +345,7 @@ FPET_DEVICE void prepare_image(const ImageGradientParams& p, int64_t image) {
       for (int tile = warp_index(); tile < strips * (p.channels / 8); tile += kWarps) {
         const int row = tile / (p.channels / 8) * 16, column = tile % (p.channels / 8) * 8;
         float d[1][1][4] = {};
-        multiply_wide<1, 1>(
+        multiply_wide<place::refined, 1, 1>(
             d, p.hidden, false, [&](int r, int k) { return pair_along(units + (row + r) * p.unit_stride + k); },
             [&](int c, int k) { return pair_along(up + (column + c) * p.unit_stride + k); });
         each_of_tile(d[0][0], first + row, column,
@@ -330,6 +356,7 @@ FPET_DEVICE void prepare_image(const ImageGradientParams& p, int64_t image) {
   __syncthreads();
   const View& delta = q.key_delta;
   for (int r = int(threadIdx.x) / 8; r < rows; r += kThreads / 8) {
+    pass<place::norms>();
     const int at = vector_row(p, r), token = v.token[at];
     float squares = 0.f;
     for (int c = int(threadIdx.x) % 8; c < p.channels; c += 8) {
@@ -344,6 +371,7 @@ FPET_DEVICE void prepare_image(const ImageGradientParams& p, int64_t image) {
     if (threadIdx.x % 8) continue;
     v.inverse[at] = q.cosine ? inverse_norm(sqrtf(squares)) : 1.f;
   }
+  pass<place::norms_done>();
   __syncthreads();
 }
 
@@ -357,7 +385,7 @@ FPET_DEVICE void differentiate_scores(const ImageGradientParams& p, Tile& grad) 
   for (int right = 0; right < 2; ++right) {
     float scores[2][2][4] = {};
     if (warp_row() < p.rows_a && warp_column() + 16 * right < p.rows_b)
-      multiply_wide<2, 2>(
+      multiply_wide<place::scores, 2, 2>(
           scores, p.channels, p.short_keys, [&](int r, int k) { return pair_along(keys_a + r * kKeyStride + k); },
           [&](int r, int k) { return pair_along(keys_b + (16 * right + r) * kKeyStride + k); });
 #pragma unroll
@@ -436,7 +464,7 @@ FPET_DEVICE void differentiate_keys(const ImageGradientParams& p, const Tile& ds
     const int depth = min(kBand, p.rows_a - first);
     float grad_a[1][1][4] = {};
     if (column_a < p.channels && row_a < depth) {
-      multiply_wide<1, 1>(
+      multiply_wide<place::of_sources, 1, 1>(
           grad_a, p.rows_b, false, [&](int r, int k) { return pair_along(band + (row_a + r) * kBandStride + k); },
           [&](int c, int k) { return pair_across(keys_b + k * kKeyStride + column_a + c, kKeyStride); });
 #pragma unroll
@@ -448,7 +476,7 @@ FPET_DEVICE void differentiate_keys(const ImageGradientParams& p, const Tile& ds
       }
     }
     if (row_b < p.rows_b && column_b < p.channels)
-      multiply_wide<2, 2>(
+      multiply_wide<place::of_destinations, 2, 2>(
           grad_b, depth, false, [&](int r, int k) { return pair_across(band + k * kBandStride + row_b + r, kBandStride); },
           [&](int c, int k) { return pair_across(keys_a + k * kKeyStride + column_b + c, kKeyStride); });
     __syncthreads();
@@ -497,6 +525,7 @@ FPET_DEVICE void differentiate_keys(const ImageGradientParams& p, const Tile& ds
 FPET_DEVICE void write_key_gradients(const ImageGradientParams& p, int64_t image) {
   const Problem& q = p.s.q;
   const BackwardOutputs& out = p.out;
+  pass<place::tail_of_image>();
   const bool key = out.key && !p.hidden;
   if (!out.refined && !out.key) return;
   for (int64_t e = threadIdx.x; e < q.prefix * q.channels; e += kThreads) {
@@ -532,13 +561,14 @@ FPET_DEVICE void differentiate_weights(const ImageGradientParams& p, int64_t ima
     const int count = min(p.chunk, rows - first), strips = count / 16;
     const float* grad = key_rows(p) + first * kKeyStride;
     load_keys(p, image, first, count, mean);
+    pass<place::keys_loaded>();
     __syncthreads();
     float d[1][1][4] = {};
     const int tile = w - kWarps / 2, row = tile / across_units * 16, column = tile % across_units * 8;
     const bool has_tile = tile >= 0 && tile < strips * across_units;
     if (w < strips * across_units) form_units(p, image, mean, first, w, units);
     if (has_tile)
-      multiply_wide<1, 1>(
+      multiply_wide<place::of_units, 1, 1>(
           d, p.channels, false, [&](int r, int k) { return pair_along(grad + (row + r) * kKeyStride + k); },
           [&](int h, int k) { return pair_across(up + k * stride + column + h, stride); });
     __syncthreads();
@@ -550,20 +580,20 @@ FPET_DEVICE void differentiate_weights(const ImageGradientParams& p, int64_t ima
     __syncthreads();
     if (out.w_down && w < p.channels / 16 * across_units) {
       const int c0 = w / across_units * 16, h0 = w % across_units * 8;
-      multiply_wide<1, 1>(
+      multiply_wide<place::of_up, 1, 1>(
           grad_up, count, false, [&](int c, int k) { return pair_across(grad + k * kKeyStride + c0 + c, kKeyStride); },
           [&](int h, int k) { return pair_across(units + k * stride + h0 + h, stride); });
     }
     if (out.w_down && w < p.hidden / 16 * across_keys) {
       const int h0 = w / across_keys * 16, c0 = w % across_keys * 8;
-      multiply_wide<1, 1>(
+      multiply_wide<place::of_down, 1, 1>(
           grad_down, count, false, [&](int h, int k) { return pair_across(grad_units + k * stride + h0 + h, stride); },
           [&](int c, int k) { return pair_across(mean + k * kKeyStride + c0 + c, kKeyStride); });
     }
     if (out.key && w < strips * across_keys) {
       const int r0 = w / across_keys * 16, c0 = w % across_keys * 8;
       float key[1][1][4] = {};
-      multiply_wide<1, 1>(
+      multiply_wide<place::of_keys, 1, 1>(
           key, p.hidden, false, [&](int r, int k) { return pair_along(grad_units + (r0 + r) * stride + k); },
           [&](int c, int k) { return pair_across(down + k * kKeyStride + c0 + c, kKeyStride); });
       each_of_tile(key[0][0], r0, c0, [&](int r, int c, float v) {
@@ -588,14 +618,17 @@ FPET_DEVICE void differentiate_weights(const ImageGradientParams& p, int64_t ima
     });
 }
 
+template <class S>
 __global__ void __launch_bounds__(kThreads, 1) image_gradient(const __grid_constant__ ImageGradientParams p) {
   const Problem& q = p.s.q;
+  pass<place::other>();
   StepRing ring{shared_memory() + sizeof(RowVectors), p.stages};
   Source from{int(blockIdx.x), 0};
   find_rows(p);
 #pragma unroll 1
   for (int image = int(blockIdx.x); image < int(q.batch); image += int(gridDim.x)) {
     __syncthreads();  // rows have been found, or the last image's vectors and stages read
+    pass<place::image>();
     load_vectors(p, image);
     if (p.aligned_keys) {
       const int64_t bytes = size_of(q.key.dtype);
@@ -604,13 +637,7 @@ __global__ void __launch_bounds__(kThreads, 1) image_gradient(const __grid_const
         prefetch_block(key + head * q.key.stride[1] * bytes, int(q.tokens), q.key.stride[2] * bytes, int(q.channels * bytes));
     }
     Tile grad = {};
-    if (q.x.dtype == DType::f32) {
-      spread_image<float>(p, image, grad, ring, from);
-    } else if (q.x.dtype == DType::bf16) {
-      spread_image<bf16>(p, image, grad, ring, from);
-    } else {
-      spread_image<f16>(p, image, grad, ring, from);
-    }
+    spread_image<S>(p, image, grad, ring, from);
     prepare_image(p, image);
     differentiate_scores(p, grad);
     differentiate_keys(p, grad);
@@ -638,13 +665,21 @@ CudaStatus backward_short(const SpreadParams& s, const BackwardOutputs& out, flo
   p.short_keys = q.heads == 1 && !q.hidden && !q.key_delta.data && (q.key.dtype == DType::bf16 || q.key.dtype == DType::f16);
   p.aligned_x = rows_aligned(q.x, q.dim), p.aligned_grad = rows_aligned(s.in.grad_tokens, q.dim);
   const dim3 grid(unsigned(min(q.batch, int64_t(limits().multiprocessors))));
-  return launch<image_gradient>(grid, kThreads, p.bytes, stream, p);
+  switch (q.x.dtype) {
+    case DType::bf16: return launch<image_gradient<bf16>>(grid, kThreads, p.bytes, stream, p);
+    case DType::f16: return launch<image_gradient<f16>>(grid, kThreads, p.bytes, stream, p);
+    default: return launch<image_gradient<float>>(grid, kThreads, p.bytes, stream, p);
+  }
 }
 
 KernelList backward_short_kernels() {
   ImageGradientParams p{};
   p.plan_memory(typical_problem(true), limits());
-  return {entry<image_gradient>("image_gradient", kThreads, p.bytes)};
+  return {
+      entry<image_gradient<float>>("image_gradient<float>", kThreads, p.bytes),
+      entry<image_gradient<bf16>>("image_gradient<bf16>", kThreads, p.bytes),
+      entry<image_gradient<f16>>("image_gradient<f16>", kThreads, p.bytes),
+  };
 }
 
 }  // namespace cuda

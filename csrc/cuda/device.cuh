@@ -62,6 +62,21 @@ __host__ __device__ constexpr T round_up(T a, T b) {
   return (a + b - 1) / b * b;
 }
 
+// What is known of a problem when a kernel of short grids is compiled: keys of K, x of X; rows of both, of gradients, tokens and weights can
+// be read 16 bytes (eight keys) at a time; no mask, no delta. Kernels of Any take all other problems.
+template <class K, class X>
+struct Typed {
+  using Key = K;
+  using Value = X;
+  static constexpr bool any = false;
+};
+template <class X = void>
+struct Any {
+  using Key = void;
+  using Value = X;
+  static constexpr bool any = true;
+};
+
 // --- conversions -----------------------------------------------------------------------------------------------------------------
 
 FPET_DEVICE float to_compute(float v) { return v; }

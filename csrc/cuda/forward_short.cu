@@ -63,6 +63,7 @@ FPET_DEVICE void rank(TopTwo<float> (&best)[2], const Tiles<Q>& high, const Tile
   const int t = lane_index() & 3, stride = plane_stride(groups);
   const uint16_t* right = right_address(keys_b, stride);
   for (int j = 0; j < plane_rows; j += 16, right += 16 * stride) {
+    pass<place::ranked>();
     float d[2][4] = {};
     if constexpr (split) {
       multiply_split(d, high, low, right, plane_rows * stride, groups);
@@ -83,15 +84,15 @@ FPET_DEVICE void rank(TopTwo<float> (&best)[2], const Tiles<Q>& high, const Tile
 }
 
 // Keys of two tokens, ready for products, and by what to multiply these.
-template <class S, bool split, int Q>
+template <class T, class S, bool split, int Q>
 FPET_DEVICE void prepare(Tiles<Q>& high, Tiles<Q>& low, float (&unscale)[2], const MergeShortParams& p, const Weights& weights,
                          int64_t image, const int (&token)[2]) {
   if constexpr (split) {
     Strip<Q> keys;
-    refined_keys(keys, weights, p.q, p.reads, image, token);
+    refined_keys<typename T::Key>(keys, weights, p.q, p.reads, image, token);
     split_keys(high, low, unscale, keys, p.q.cosine);
   } else {
-    load_raw_keys(high, p.q, image, token, p.reads.key);
+    load_raw_keys<!T::any>(high, p.q, image, token, p.reads.key);
     unscale[0] = unscale[1] = 1.f;
     if (!p.q.cosine) return;
     sum_squares<S>(unscale, high);
@@ -121,13 +122,14 @@ FPET_DEVICE void keep_match(const MergeShortParams& p, TopTwo<float> (&best)[2],
   }
 }
 
-template <class S, bool split, int Q>
+template <class T, class S, bool split, int Q>
 FPET_DEVICE void match_image(const MergeShortParams& p, int64_t image, bool writes) {
   char* memory = shared_memory();
   const Layout& at = p.layout;
   const int stride = plane_stride(p.groups);
   const Weights weights(memory + at.weights, p.hidden_groups, p.groups);
-  if (split && p.q.hidden) fill_weights<Q>(weights, p.q, p.reads.down, p.reads.up);
+  if (split && p.q.hidden) fill_weights<!T::any, Q>(weights, p.q, p.reads.down, p.reads.up);
+  pass<place::other>();
   __syncthreads();  // positions and weights
 
   // Destinations, then sources: one copy of the code that prepares keys.
@@ -138,19 +140,22 @@ FPET_DEVICE void match_image(const MergeShortParams& p, int64_t image, bool writ
 #pragma unroll 1
     for (int row = 16 * warp_index(); row < rows; row += 16 * kWarps) {
       const int g = lane_index_anew() >> 2, t = lane_index_anew() & 3;
+      pass<place::strips>();
       int token[2];
       Tiles<Q> high, low;
       float unscale[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) token[i] = row + g + 8 * i < rows ? tokens[row + g + 8 * i] : -1;
-      prepare<S, split>(high, low, unscale, p, weights, image, token);
+      prepare<T, S, split>(high, low, unscale, p, weights, image, token);
       uint16_t* keys_b = (uint16_t*)(memory + at.keys);
       float* unscale_b = (float*)(memory + at.unscale_b);
       if (matching) {
         TopTwo<float> best[2];
         rank<S, split>(best, high, low, unscale, keys_b, unscale_b, at.plane_rows, p.groups);
+        pass<place::matched>();
         keep_match(p, best, image, row, writes);
       } else {
+        pass<place::strips_kept>();
         store_tiles(keys_b, stride, row, high, p.groups);
         if (split) store_tiles(keys_b + at.plane_rows * stride, stride, row, low, p.groups);
 #pragma unroll
@@ -261,6 +266,7 @@ FPET_DEVICE void merge_rows(const MergeShortParams& p, int64_t image, int part) 
 
   int ticket = lane == 0 ? atomicAdd(next_row, 1) : 0;
   for (int row; (row = __shfl_sync(kFullWarp, ticket, 0)) < merged;) {
+    pass<place::merged_row>();
     if (lane == 0) ticket = atomicAdd(next_row, 1);  // known by the time this row is done
     // Destinations first: prefix tokens have no sources, so the last to be taken are short.
     const int j = row < merged - prefix ? row : -1, m = j < 0 ? row - (merged - prefix) : prefix + j;
@@ -280,6 +286,7 @@ FPET_DEVICE void merge_rows(const MergeShortParams& p, int64_t image, int part) 
       n = weight;
       sums.each(now, unit, end, [&](float& sum, float v) { sum = weight * v; });
       while (source >= 0) {
+        pass<place::merged_source>();
         now = later;
         const float w = size_a[source];
         n += w;
@@ -287,15 +294,18 @@ FPET_DEVICE void merge_rows(const MergeShortParams& p, int64_t image, int part) 
         if (source >= 0) later.load(x + int64_t(token_a[source]) * row_stride, stride, unit, end);
         sums.each(now, unit, end, [&](float& sum, float v) { sum += w * v; });
       }
+      pass<place::merged_written>();
       sums.store(y + m * p.q.dim, unit, end, n);
     }
     if (part == 0 && lane == 0) ((float*)p.out.merged_size)[image * merged + m] = n;
   }
 }
 
-// S is the type of keys whose products are exact as they are; split, float32 keys and those that something is added to.
-template <class S, bool split, int Q>
+// S is the type of keys whose products are exact as they are; split, float32 keys and those that something is added to. Two blocks on a
+// multiprocessor, but for the widest split keys, for which nvcc 13.0 takes 236 registers (sm_90a); 128 would spill.
+template <class T, class S, bool split, int Q>
 __global__ void __launch_bounds__(kThreads, split&& Q > 2 ? 1 : 2) merge_short(const __grid_constant__ MergeShortParams p) {
+  pass<place::other>();
   char* memory = shared_memory();
   const Problem& q = p.q;
   const Layout& at = p.layout;
@@ -315,18 +325,22 @@ __global__ void __launch_bounds__(kThreads, split&& Q > 2 ? 1 : 2) merge_short(c
                    q.x.stride[1] * bytes, 16 * min(p.part_units, p.units - part * p.part_units));
   }
   for (int i = thread; i < num_a + num_b; i += kThreads) {
+    pass<place::positions>();
     const bool is_a = i < num_a;
     const int64_t token = is_a ? source_token(q, i) : destination_token(q, i - num_a);
     const float size = q.size.data ? load_any<float>(q.size, image * q.size.stride[0] + token * q.size.stride[1]) : 1.f;
     (is_a ? (int*)(memory + at.token_a) + i : (int*)(memory + at.token_b) + i - num_a)[0] = int(token);
     (is_a ? (float*)(memory + at.size_a) + i : (float*)(memory + at.size_b) + i - num_a)[0] = size;
   }
+  pass<place::other>();
   for (int i = thread; i < num_b * at.words; i += kThreads) ((uint32_t*)(memory + at.members))[i] = 0;
   if (thread == 0) *(int*)(memory + at.next_row) = 0;
 
-  match_image<S, split, Q>(p, image, part == 0);
+  match_image<T, S, split, Q>(p, image, part == 0);
 
-  if (q.x.dtype == DType::f32) {
+  if constexpr (!T::any) {
+    merge_rows<typename T::Value, true>(p, image, part);
+  } else if (q.x.dtype == DType::f32) {
     p.vectors ? merge_rows<float, true>(p, image, part) : merge_rows<float, false>(p, image, part);
   } else if (q.x.dtype == DType::bf16) {
     p.vectors ? merge_rows<bf16, true>(p, image, part) : merge_rows<bf16, false>(p, image, part);
@@ -341,14 +355,52 @@ bool splits_keys(const Problem& q) {
 
 int groups_of(int64_t columns) { return int(ceil_div<int64_t>(columns, 32)); }
 
-template <class S, bool split, int Q>
+template <class T, class S, bool split, int Q>
 CudaStatus start(const MergeShortParams& p, cudaStream_t stream) {
-  return launch<merge_short<S, split, Q>>(dim3(unsigned(p.q.batch * p.parts)), kThreads, size_t(p.layout.total), stream, p);
+  return launch<merge_short<T, S, split, Q>>(dim3(unsigned(p.q.batch * p.parts)), kThreads, size_t(p.layout.total), stream, p);
 }
 
 template <class S, bool split>
-CudaStatus start_width(const MergeShortParams& p, cudaStream_t stream) {
-  return p.groups <= 2 && p.hidden_groups <= kHiddenGroups<2> ? start<S, split, 2>(p, stream) : start<S, split, 4>(p, stream);
+CudaStatus start_any(const MergeShortParams& p, cudaStream_t stream) {
+  return p.groups <= 2 && p.hidden_groups <= kHiddenGroups<2> ? start<Any<>, S, split, 2>(p, stream)
+                                                              : start<Any<>, S, split, 4>(p, stream);
+}
+
+// Keys of K: split, or as they are where they can be.
+template <class K, class X>
+CudaStatus start_typed(const MergeShortParams& p, bool split, cudaStream_t stream) {
+  if constexpr (sizeof(K) == 2) {
+    if (!split) return start<Typed<K, X>, K, false, 2>(p, stream);
+  }
+  return start<Typed<K, X>, f16, true, 2>(p, stream);
+}
+
+// The pairs of types that a model has: all of one type, float32 x under autocast, and the float32 mean of the keys kept for a backward.
+CudaStatus start_of_types(const MergeShortParams& p, bool split, cudaStream_t stream) {
+  const Problem& q = p.q;
+  const bool weights = !q.hidden || (p.reads.down && p.reads.up);
+  if (p.vectors && p.reads.key && weights && !q.dropout_mask.data && !q.key_delta.data && p.groups <= 2 &&
+      p.hidden_groups <= kHiddenGroups<2>) {
+    const DType x = q.x.dtype;
+    switch (q.key.dtype) {
+      case DType::bf16:
+        if (x == DType::bf16) return start_typed<bf16, bf16>(p, split, stream);
+        if (x == DType::f32) return start_typed<bf16, float>(p, split, stream);
+        break;
+      case DType::f16:
+        if (x == DType::f16) return start_typed<f16, f16>(p, split, stream);
+        if (x == DType::f32) return start_typed<f16, float>(p, split, stream);
+        break;
+      case DType::f32:
+        if (x == DType::bf16) return start_typed<float, bf16>(p, split, stream);
+        if (x == DType::f16) return start_typed<float, f16>(p, split, stream);
+        if (x == DType::f32) return start_typed<float, float>(p, split, stream);
+        break;
+      default: break;
+    }
+  }
+  if (split) return start_any<f16, true>(p, stream);
+  return q.key.dtype == DType::bf16 ? start_any<bf16, false>(p, stream) : start_any<f16, false>(p, stream);
 }
 
 size_t shared_of(const Problem& q) {
@@ -385,8 +437,7 @@ CudaStatus forward_short(const Problem& q, const ForwardOutputs& out, cudaStream
   const int64_t resident = std::min<int64_t>(q.batch * p.parts, 2 * gpu.multiprocessors);
   p.prefetch_rows =
       int(std::min<int64_t>(q.tokens, int64_t(gpu.l2_bytes / 2) / std::max<int64_t>(1, resident * 16 * p.part_units)));
-  if (split) return start_width<f16, true>(p, stream);
-  return q.key.dtype == DType::bf16 ? start_width<bf16, false>(p, stream) : start_width<f16, false>(p, stream);
+  return start_of_types(p, split, stream);
 }
 
 KernelList forward_short_kernels() {
@@ -396,13 +447,25 @@ KernelList forward_short_kernels() {
     q.hidden = hidden;
     return shared_of(q);
   };
+  const size_t raw = shared(false, 64, 0), split = shared(true, 64, 32);
   return {
-      entry<merge_short<bf16, false, 2>>("merge_short<bf16, 64>", kThreads, shared(false, 64, 0)),
-      entry<merge_short<bf16, false, 4>>("merge_short<bf16, 128>", kThreads, shared(false, 128, 0)),
-      entry<merge_short<f16, false, 2>>("merge_short<f16, 64>", kThreads, shared(false, 64, 0)),
-      entry<merge_short<f16, false, 4>>("merge_short<f16, 128>", kThreads, shared(false, 128, 0)),
-      entry<merge_short<f16, true, 2>>("merge_short<split, 64>", kThreads, shared(true, 64, 32)),
-      entry<merge_short<f16, true, 4>>("merge_short<split, 128>", kThreads, shared(true, 128, 64)),
+      entry<merge_short<Typed<bf16, bf16>, bf16, false, 2>>("merge_short<bf16 keys, bf16>", kThreads, raw),
+      entry<merge_short<Typed<bf16, float>, bf16, false, 2>>("merge_short<bf16 keys, float>", kThreads, raw),
+      entry<merge_short<Typed<f16, f16>, f16, false, 2>>("merge_short<f16 keys, f16>", kThreads, raw),
+      entry<merge_short<Typed<f16, float>, f16, false, 2>>("merge_short<f16 keys, float>", kThreads, raw),
+      entry<merge_short<Typed<bf16, bf16>, f16, true, 2>>("merge_short<split bf16 keys, bf16>", kThreads, split),
+      entry<merge_short<Typed<bf16, float>, f16, true, 2>>("merge_short<split bf16 keys, float>", kThreads, split),
+      entry<merge_short<Typed<f16, f16>, f16, true, 2>>("merge_short<split f16 keys, f16>", kThreads, split),
+      entry<merge_short<Typed<f16, float>, f16, true, 2>>("merge_short<split f16 keys, float>", kThreads, split),
+      entry<merge_short<Typed<float, bf16>, f16, true, 2>>("merge_short<split float keys, bf16>", kThreads, split),
+      entry<merge_short<Typed<float, f16>, f16, true, 2>>("merge_short<split float keys, f16>", kThreads, split),
+      entry<merge_short<Typed<float, float>, f16, true, 2>>("merge_short<split float keys, float>", kThreads, split),
+      entry<merge_short<Any<>, bf16, false, 2>>("merge_short<bf16, 64>", kThreads, raw),
+      entry<merge_short<Any<>, bf16, false, 4>>("merge_short<bf16, 128>", kThreads, shared(false, 128, 0)),
+      entry<merge_short<Any<>, f16, false, 2>>("merge_short<f16, 64>", kThreads, raw),
+      entry<merge_short<Any<>, f16, false, 4>>("merge_short<f16, 128>", kThreads, shared(false, 128, 0)),
+      entry<merge_short<Any<>, f16, true, 2>>("merge_short<split, 64>", kThreads, split),
+      entry<merge_short<Any<>, f16, true, 4>>("merge_short<split, 128>", kThreads, shared(true, 128, 64)),
   };
 }
 

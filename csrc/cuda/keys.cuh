@@ -87,6 +87,7 @@ FPET_DEVICE void add_rows(Strip<Q>& s, const View& view, const RowPair& rows) {
   const S *row0 = (const S*)view.data + rows.offset[0] + column, *row1 = (const S*)view.data + rows.offset[1] + column;
 #pragma unroll(sizeof(S) <= 2 ? 2 : 1)
   for (int k = 0; k < rows.count; ++k) {
+    pass<place::heads>();
     Eight<S> part[Q][2];  // all under way before the first is needed
 #pragma unroll
     for (int q = 0; q < Q; ++q) {
@@ -103,33 +104,35 @@ FPET_DEVICE void add_rows(Strip<Q>& s, const View& view, const RowPair& rows) {
   }
 }
 
-// s += rows of any type. `eight`: reads_eight of the view.
-template <int Q>
+// s += rows of any type. `eight`: reads_eight of the view, which is known of `eights`.
+template <bool eights = false, int Q>
 FPET_DEVICE void add_any(Strip<Q>& s, const View& view, const RowPair& rows, int64_t column_stride, bool eight) {
-  if (eight) {
+  if (eights || eight) {
     if (view.dtype == DType::f32) {
       add_rows<float>(s, view, rows);
     } else if (view.dtype == DType::bf16) {
       add_rows<bf16>(s, view, rows);
     } else if (view.dtype == DType::f16) {
       add_rows<f16>(s, view, rows);
-    } else {
+    } else if (!eights) {
       add_rows<uint8_t>(s, view, rows);
     }
     return;
   }
+  if constexpr (!eights) {
 #pragma unroll
-  for (int q = 0; q < Q; ++q)
+    for (int q = 0; q < Q; ++q)
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const int column = 32 * q + 8 * (lane_index() & 3) + e;
-        if (!rows.valid[i] || column >= rows.columns) continue;
-        int64_t at = rows.offset[i] + column * column_stride;
+        for (int e = 0; e < 8; ++e) {
+          const int column = 32 * q + 8 * (lane_index() & 3) + e;
+          if (!rows.valid[i] || column >= rows.columns) continue;
+          int64_t at = rows.offset[i] + column * column_stride;
 #pragma unroll 1
-        for (int k = 0; k < rows.count; ++k, at += rows.step) s.v[q][i][e] += load_any<float>(view, at);
-      }
+          for (int k = 0; k < rows.count; ++k, at += rows.step) s.v[q][i][e] += load_any<float>(view, at);
+        }
+  }
 }
 
 template <int Q>
@@ -156,8 +159,8 @@ FPET_DEVICE RowPair token_rows(const View& view, int64_t image, const int (&toke
   return rows;
 }
 
-// Keys of two tokens, averaged over heads; -1: zeros.
-template <int Q>
+// Keys of two tokens, averaged over heads; -1: zeros. K: their type where they can be read eight at a time, or void: any.
+template <class K, int Q>
 FPET_DEVICE void load_keys(Strip<Q>& s, const Problem& p, int64_t image, const int (&token)[2], bool eight) {
   RowPair rows;
 #pragma unroll
@@ -169,7 +172,12 @@ FPET_DEVICE void load_keys(Strip<Q>& s, const Problem& p, int64_t image, const i
   rows.count = int(p.heads);
   rows.step = p.key.stride[1];
   clear(s);
-  add_any(s, p.key, rows, p.key.stride[3], eight);
+  if constexpr (std::is_void<K>::value) {
+    add_any(s, p.key, rows, p.key.stride[3], eight);
+  } else {
+    add_rows<K>(s, p.key, rows);
+  }
+  pass<place::strips_summed>();
   if (p.heads == 1) return;
   const float heads = float(p.heads), inverse = 1.f / heads;
 #pragma unroll
@@ -180,8 +188,8 @@ FPET_DEVICE void load_keys(Strip<Q>& s, const Problem& p, int64_t image, const i
       for (int e = 0; e < 8; ++e) s.v[q][i][e] = quotient(s.v[q][i][e], heads, inverse);
 }
 
-// 16-bit keys as they are stored; no mean over heads.
-template <int Q>
+// 16-bit keys as they are stored; no mean over heads. `eights`: they can be read eight at a time.
+template <bool eights, int Q>
 FPET_DEVICE void load_raw_keys(Tiles<Q>& s, const Problem& p, int64_t image, const int (&token)[2], bool eight) {
   const int t = lane_index() & 3;
 #pragma unroll
@@ -192,7 +200,7 @@ FPET_DEVICE void load_raw_keys(Tiles<Q>& s, const Problem& p, int64_t image, con
       uint4 raw = make_uint4(0, 0, 0, 0);
       if (token[i] >= 0 && column < int(p.channels)) {
         const uint16_t* row = (const uint16_t*)p.key.data + image * p.key.stride[0] + token[i] * p.key.stride[2];
-        if (eight) {
+        if (eights || eight) {
           raw = load16(row + column);
         } else {
           uint32_t half[8];
@@ -378,7 +386,7 @@ struct Weights {
 };
 
 // A warp's share of one weight matrix: strip `strip` of its rows.
-template <int Q>
+template <bool eights, int Q>
 FPET_DEVICE void store_weights(const View& view, int rows, int columns, bool eight, int strip, uint16_t* plane, int low_offset,
                                int groups, float* unscale) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
@@ -396,7 +404,7 @@ FPET_DEVICE void store_weights(const View& view, int rows, int columns, bool eig
   pair.count = 1;
   pair.step = 0;
   clear(s);
-  add_any(s, view, pair, view.stride[1], eight);
+  add_any<eights>(s, view, pair, view.stride[1], eight);
   split_scales(scale, s);
   split_strip(high, low, s, scale);
   store_tiles(plane, plane_stride(groups), 16 * strip, high, groups);
@@ -407,21 +415,22 @@ FPET_DEVICE void store_weights(const View& view, int rows, int columns, bool eig
 }
 
 // All of both matrices, by all warps of the block; a barrier must follow.
-template <int Q>
+template <bool eights, int Q>
 FPET_DEVICE void fill_weights(const Weights& w, const Problem& p, bool down_eight, bool up_eight) {
   const int warps = int(blockDim.x) / 32, down_strips = 2 * w.hidden_groups, strips = down_strips + 2 * w.channel_groups;
   for (int s = warp_index(); s < strips; s += warps) {
+    pass<place::weights>();
     if (s < down_strips)
-      store_weights<Q>(p.w_down, int(p.hidden), int(p.channels), down_eight, s, w.down, w.down_low(), w.channel_groups,
-                       w.down_unscale);
+      store_weights<eights, Q>(p.w_down, int(p.hidden), int(p.channels), down_eight, s, w.down, w.down_low(), w.channel_groups,
+                               w.down_unscale);
     else
-      store_weights<kHiddenGroups<Q>>(p.w_up, int(p.channels), int(p.hidden), up_eight, s - down_strips, w.up, w.up_low(),
-                                      w.hidden_groups, w.up_unscale);
+      store_weights<eights, kHiddenGroups<Q>>(p.w_up, int(p.channels), int(p.hidden), up_eight, s - down_strips, w.up,
+                                              w.up_low(), w.hidden_groups, w.up_unscale);
   }
 }
 
-// key += scale · ReLU(key W_downᵀ) ⊙ mask W_upᵀ. `short_key`: the key has no more than f16's 11 bits.
-template <int Q>
+// key += scale · ReLU(key W_downᵀ) ⊙ mask W_upᵀ, without a mask if not `masks`. `short_key`: the key has no more than f16's 11 bits.
+template <bool masks, int Q>
 FPET_DEVICE void refine(Strip<Q>& key, const Weights& w, const Problem& p, int64_t image, const int (&token)[2], bool short_key,
                         bool mask_eight) {
   constexpr int H = kHiddenGroups<Q>;
@@ -473,7 +482,7 @@ FPET_DEVICE void refine(Strip<Q>& key, const Weights& w, const Problem& p, int64
             hidden.v[units][e / 2][at] = unit < 0.f ? 0.f : unit;  // NaN passes
           }
   }
-  if (p.dropout_mask.data) {
+  if (masks && p.dropout_mask.data) {
     Strip<H> keep;
     clear(keep);
     add_any(keep, p.dropout_mask, token_rows(p.dropout_mask, image, token, int(p.hidden)), p.dropout_mask.stride[2],
@@ -524,16 +533,17 @@ struct KeyReads {
         up(reads_eight(p.w_up, p.hidden, p.w_up.stride[1], {p.w_up.stride[0]})) {}
 };
 
-// k' of two tokens: mean over heads, refinement, delta.
-template <int Q>
+// k' of two tokens: mean over heads, refinement, delta. Of K other than void (load_keys) there is no mask and no delta.
+template <class K, int Q>
 FPET_DEVICE void refined_keys(Strip<Q>& s, const Weights& w, const Problem& p, const KeyReads& reads, int64_t image,
                               const int (&token)[2]) {
-  load_keys(s, p, image, token, reads.key);
+  constexpr bool any = std::is_void<K>::value;
+  load_keys<K>(s, p, image, token, reads.key);
   if (p.hidden) {
     const bool short_key = p.heads == 1 && (p.key.dtype == DType::bf16 || p.key.dtype == DType::f16);
-    refine(s, w, p, image, token, short_key, reads.mask);
+    refine<any>(s, w, p, image, token, short_key, reads.mask);
   }
-  if (p.key_delta.data)
+  if (any && p.key_delta.data)
     add_any(s, p.key_delta, token_rows(p.key_delta, image, token, int(p.channels)), p.key_delta.stride[2], reads.delta);
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device.cuh"
+#include "places.cuh"
 
 namespace fpet {
 namespace cuda {
@@ -11,7 +12,8 @@ namespace cuda {
 FPET_DEVICE void prefetch_block(const char* p, int rows, int64_t row_stride, int bytes) {
   const int lines = ceil_div(bytes, 128);
   for (int i = int(threadIdx.x); i < rows * lines; i += int(blockDim.x))
-    prefetch_l2(p + i / lines * row_stride + 128 * (i % lines));
+    pass<place::fetch_ahead>(), prefetch_l2(p + i / lines * row_stride + 128 * (i % lines));
+  pass<place::other>();
 }
 
 template <class S>
@@ -60,12 +62,13 @@ FPET_DEVICE TwoParts two_parts(float v, bool whole) {
 }
 
 // d += A B of 16 M rows and 8 N columns in float32's accuracy, by one warp. a(row, k) and b(column, k) give the elements at k and
-// k + 1; depth is a multiple of 8. `short_factors`: they are tf32 as they are.
-template <int M, int N, class A, class B>
+// k + 1; depth is a multiple of 8. `short_factors`: they are tf32 as they are. Counted as `where`, what follows as the next place.
+template <int where, int M, int N, class A, class B>
 FPET_DEVICE void multiply_wide(float (&d)[M][N][4], int depth, bool short_factors, const A& a, const B& b) {
   const int lane = lane_index_anew(), g = lane >> 2, t = lane & 3;
 #pragma unroll 1
   for (int k = 2 * t; k < depth + 2 * t; k += 8) {
+    pass<where>();
     TwoParts left[M][4];  // the units' columns t and t + 4 stand for k and k + 1, on both sides
 #pragma unroll
     for (int m = 0; m < M; ++m)
@@ -95,6 +98,7 @@ FPET_DEVICE void multiply_wide(float (&d)[M][N][4], int depth, bool short_factor
       }
     }
   }
+  pass<where + 1>();
 }
 
 }  // namespace cuda

@@ -82,6 +82,7 @@ FPET_DEVICE void add_products(Tile& d, const char* left, const char* right) {
   if constexpr (sizeof(S) == 2) {
 #pragma unroll 1  // the next fragments would not fit
     for (int k = 0; k < 8; k += 2) {
+      pass<place::step_products>();
       uint32_t a[2][4], b[2][2][2];
 #pragma unroll
       for (int m = 0; m < 2; ++m) load_left(a[m], left, warp_row() + m * 16, k);
@@ -101,6 +102,7 @@ FPET_DEVICE void add_products(Tile& d, const char* left, const char* right) {
     // Which k a fragment's element stands for does not matter as long as it is the same on both sides: a lane takes 16 bytes.
 #pragma unroll 1
     for (int k = 0; k < 8; k += 4) {
+      pass<place::step_products>();
       uint32_t a[3][2][4];
 #pragma unroll
       for (int m = 0; m < 2; ++m)

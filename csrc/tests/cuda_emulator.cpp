@@ -7,6 +7,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <vector>
 
@@ -260,6 +261,8 @@ void fail(const char* format, ...) {
 char* shared() { return shared_memory; }
 
 void launch(const void* function, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> alone(one_at_a_time);
   Dl_info info{};
   kernel_name = dladdr(function, &info) && info.dli_sname ? info.dli_sname : "a kernel";
   if (self) fail("launched from a kernel");
@@ -267,7 +270,7 @@ void launch(const void* function, dim3 grid, dim3 block, size_t shared_bytes, co
   if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) fail("grid of %u × %u × %u", grid.x, grid.y, grid.z);
   if (shared_bytes > size_t(options.shared_per_block)) fail("%zu bytes of shared memory", shared_bytes);
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  record.launches.push_back({function, block.x * block.y * block.z, blocks, shared_bytes, {}});
+  record.launches.push_back({function, block.x * block.y * block.z, blocks, shared_bytes, {}, {}});
   block_size = block;
   grid_size = grid;
   body = &kernel;

@@ -77,6 +77,7 @@ struct Launched {
   unsigned threads;
   uint64_t blocks;
   size_t shared;
+  std::map<int, int64_t> passes;          // of warps, by csrc/cuda/places.cuh
   std::map<std::string, int64_t> events;  // warp-wide operations by their names; by threads: barrier, load16, copied bytes
 };
 struct Record {
@@ -85,6 +86,7 @@ struct Record {
   int attributes_asked = 0;
 };
 extern Record record;
+inline void count_pass(int place) { ++record.launches.back().passes[place]; }
 inline void count(const char* event, int64_t n = 1) { record.launches.back().events[event] += n; }
 
 struct Group {

@@ -485,6 +485,8 @@ int main(int argc, char** argv) {
   const std::pair<const char*, Config> cases[] = {
       {"bf16", make([&](Config& c) { c.batch = 2, c.dim = 96, c.x = c.key = bf16; })},
       {"bf16, refined", make([&](Config& c) { c.x = c.key = bf16, c.dim = 72, c.hidden = 32, c.size = true; })},
+      {"kept mean", make([&](Config& c) { c.x = c.weight = bf16, c.dim = 72, c.hidden = 32; })},
+      {"mixed weights", make([&](Config& c) { c.x = c.key = f16, c.weight = bf16, c.dim = 40, c.hidden = 16, c.grid_w = 8; })},
       {"float32", make([&](Config& c) { c.dim = 72, c.channels = 32; })},
       {"float32, refined, heads", make([&](Config& c) {
          c.heads = 3, c.hidden = 16, c.size = true, c.mask = Mask::boolean, c.grid_h = 9, c.channels = 24;

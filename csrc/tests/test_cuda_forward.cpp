@@ -297,6 +297,12 @@ int main(int argc, char** argv) {
          c.batch = 2, c.prefix = 0, c.grid_h = 6, c.grid_w = 5, c.dim = 17, c.channels = 33, c.heads = 2, c.hidden = 9;
          c.x = f16, c.weight = f16, c.size = c.delta = true, c.mask = Mask::f64, c.layout = strided, c.cosine = false;
        })},
+      {"f16, refined", make([&](Config& c) { c.x = c.key = f16, c.hidden = 32, c.dim = 64, c.grid_w = 6; })},
+      {"autocast, plain bf16", make([&](Config& c) { c.key = bf16, c.dim = 64, c.grid_w = 6; })},
+      {"autocast, f16", make([&](Config& c) { c.key = f16, c.hidden = 16, c.heads = 2, c.dim = 64, c.grid_w = 6; })},
+      {"autocast, plain f16", make([&](Config& c) { c.key = f16, c.dim = 64, c.grid_w = 6; })},
+      {"kept mean, bf16", make([&](Config& c) { c.x = c.weight = bf16, c.hidden = 32, c.dim = 64, c.grid_w = 6; })},
+      {"kept mean, f16", make([&](Config& c) { c.x = c.weight = f16, c.hidden = 32, c.dim = 64, c.grid_w = 6; })},
       {"several passes",
        make([&](Config& c) { c.batch = 4, c.grid_h = 4, c.grid_w = 5, c.dim = 1040, c.channels = 32, c.size = true; })},
       {"several passes, odd", make([&](Config& c) {

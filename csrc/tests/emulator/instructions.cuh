@@ -16,6 +16,11 @@ inline char* shared_memory() { return emulator::shared(); }
 inline int lane_index_anew() { return int(threadIdx.x) & 31; }
 inline int opaque(int v) { return v; }
 
+template <int number>
+inline void pass() {
+  if (!emulator::self->lane) emulator::count_pass(number);
+}
+
 // --- 16-bit numbers --------------------------------------------------------------------------------------------------------------------
 
 inline float f16_to_float(uint16_t bits) {
