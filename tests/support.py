@@ -458,11 +458,8 @@ def emulate_cuda(library: str) -> None:
     For the rest of the process, and with forward and backward only: unmerging stays what it is on the CPU.
     """
     emulated = torch.library.Library("fpet_emulated", "DEF")
-    emulated.define(f"bdm_forward({ops.FORWARD_ARGS}) -> {ops.FORWARD_RETURNS}")
-    emulated.define(f"bdm_backward({ops.BACKWARD_ARGS}) -> {ops.BACKWARD_RETURNS}")
-    emulated.define("average_heads(Tensor key, bool wide) -> Tensor")
-    emulated.define(f"bdm_unmerge({ops.UNMERGE_ARGS}) -> Tensor")
-    emulated.define(f"bdm_unmerge_backward({ops.UNMERGE_ARGS.replace('tokens', 'grad', 1)}) -> Tensor")
+    for name, schema in ops.SCHEMAS.items():
+        emulated.define(name + schema)
     torch.ops.load_library(library)
     honest = backends.refuses
     _EMULATED.append(emulated)
