@@ -74,6 +74,7 @@ def test_places_are_numbered_as_the_compiler_numbers_them():
     assert set(count.STREAMED) <= set(names.values())
 
 
+@pytest.mark.sweep  # minutes of nvcc
 def test_the_counts_that_the_page_states(tmp_path):
     """Where nvcc, cuobjdump and an emulated build are: every matrix instruction accounted for, and the page's table."""
     page = (ROOT / "docs/cuda.md").read_text()
