@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..data import FAMILIES
-from .config import REDUCTIONS, Config, ConfigError, from_arguments
+from .config import REDUCTIONS, Config, ConfigError, from_arguments, nearest
 from .config import add_arguments as add_config_arguments
 from .inputs import check_data
 from .run import train
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--sweep-scale", metavar="S,S,…", help="try each scale s on validation images, keep the best")
     parser.add_argument("--compare", metavar="NAME,NAME,…", help="train with each of several reductions")
-    parser.add_argument("--seeds", metavar="N,N,…", default="0", help="seeds for --compare (default: 0)")
+    parser.add_argument("--seeds", metavar="N,N,…", help="seeds for --compare (default: 0)")
     parser.add_argument("--check-data", action="store_true", help="only say what is missing or damaged in the data")
 
 
@@ -51,11 +51,16 @@ def run(args: argparse.Namespace) -> int:
     config = from_arguments(args)
     if args.check_data:
         return _check_data(config)
+    if args.compare is not None and args.sweep_scale is not None:
+        raise ConfigError("--compare: expected it without --sweep-scale, got both")
+    if args.seeds is not None and args.compare is None:
+        raise ConfigError("--seeds: expected it with --compare; one run takes --seed")
     if args.compare is not None:
         names = args.compare.split(",")
         if unknown := [name for name in names if name not in REDUCTIONS]:
-            raise ConfigError(f"--compare: expected some of {', '.join(REDUCTIONS)}, got {', '.join(unknown)}")
-        text = comparison_table(compare(config, names, _numbers(args.seeds, int, "--seeds")))
+            meant = nearest(unknown[0], REDUCTIONS)
+            raise ConfigError(f"--compare: expected some of {', '.join(REDUCTIONS)}, got {', '.join(unknown)}{meant}")
+        text = comparison_table(compare(config, names, _numbers(args.seeds or "0", int, "--seeds")))
     elif args.sweep_scale is not None:
         text = sweep(config, _numbers(args.sweep_scale, float, "--sweep-scale")).table()
     else:

@@ -18,7 +18,7 @@ from ..comparators import REDUCTIONS
 from ..data import FAMILIES, task_names
 from .folder import unwritable
 
-__all__ = ["PRESETS", "REDUCTIONS", "Config", "ConfigError", "add_arguments", "from_arguments"]
+__all__ = ["PRESETS", "REDUCTIONS", "Config", "ConfigError", "add_arguments", "from_arguments", "nearest"]
 
 EMBEDDED_MODEL = "embedded"
 OWN_DATA = ("folder", "csv", "huggingface")
@@ -243,10 +243,11 @@ class Config:
 
 
 def _no_choice(name: str, value: str, choices: Iterable[str], where: str = "") -> str:
-    return f"{name}: expected one of {', '.join(choices)}{where}, got {value!r}{_nearest(value, choices)}"
+    return f"{name}: expected one of {', '.join(choices)}{where}, got {value!r}{nearest(value, choices)}"
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
+    """For the end of a message: what was probably meant."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -259,7 +260,7 @@ def unknown_model(name: str) -> str | None:
         return None
     if name in _TORCHVISIONS:
         return f"model: {name!r} is torchvision's, whose blocks can't merge; timm's of the same kind is {_TORCHVISIONS[name]!r}"
-    return f"model: expected {EMBEDDED_MODEL!r} or a model that timm knows, got {name!r}{_nearest(name, timm.list_models())}"
+    return f"model: expected {EMBEDDED_MODEL!r} or a model that timm knows, got {name!r}{nearest(name, timm.list_models())}"
 
 
 _TORCHVISIONS = {
@@ -285,7 +286,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=tuple(PRESETS), default="default", help="settings to start from")
     for f in dataclasses.fields(Config):
         kind = str(f.type).partition(" | ")[0]
-        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        default = "" if f.default is None else f" (default: {f.default})"
+        text = f"{f.metadata['help']}{default}".replace("%", "%%")
         flag = f"--{f.name.replace('_', '-')}"
         if kind == "bool":
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)

@@ -22,7 +22,7 @@ def test_the_embedded_backbone_is_pretrained_once_and_recorded(config: Config) -
 def test_pretraining_learns_and_leaves_the_generator_alone() -> None:
     losses: list[float] = []
     before = torch.get_rng_state()
-    pretrain.pretrain(25, batch_size=16, report=lambda step, loss, accuracy: losses.append(loss))
+    pretrain.pretrain(8, batch_size=16, report=lambda step, loss, accuracy: losses.append(loss))
     assert torch.equal(before, torch.get_rng_state())
     again: list[float] = []
     pretrain.pretrain(2, batch_size=16, report=lambda step, loss, accuracy: again.append(loss))

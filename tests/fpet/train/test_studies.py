@@ -46,6 +46,12 @@ def test_command_line(config: Config, capsys: pytest.CaptureFixture[str]) -> Non
         run(arguments("--lr=-1"))
     with pytest.raises(ConfigError, match=r"--compare: expected some of fpet.*got magic"):
         run(arguments("--compare=fpet,magic"))
+    with pytest.raises(ConfigError, match=r"--compare: .*did you mean avg-pool\?"):
+        run(arguments("--compare=fpet,avgpool"))
+    with pytest.raises(ConfigError, match="--seeds: expected it with --compare"):
+        run(arguments("--seeds=1,2"))
+    with pytest.raises(ConfigError, match="--compare: expected it without --sweep-scale"):
+        run(arguments("--compare=fpet", "--sweep-scale=1"))
     with pytest.raises(ConfigError, match="--seeds: expected numbers"):
         run(arguments("--compare=fpet", "--seeds=a"))
 
