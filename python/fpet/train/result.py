@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..data import Splits
-from .config import REDUCTIONS, Config
+from .config import OWN_DATA, REDUCTIONS, Config
 from .inputs import preprocessing
 
 __all__ = ["Result", "summary"]
@@ -45,7 +46,7 @@ class Result:
         """The summary, a line for each thing."""
         c = self.config
         rows = [
-            ("task", f"{c.data}/{c.task}, protocol {c.protocol}"),
+            ("task", f"{c.data}/{Path(c.data_dir or '').stem if c.data in OWN_DATA else c.task}, protocol {c.protocol}"),
             ("backbone", self.backbone),
             ("method", c.method),
             (
