@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import colorsys
 import json
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
 from fpet_kernels.reference import average_heads, compute_dtype, match_scores, refine_key
@@ -29,7 +30,7 @@ class Visualization(NamedTuple):
     """What :func:`visualize` returns.
 
     Attributes:
-        picture: the image, every pixel in the mean colour of its group, groups outlined.
+        picture: the image, every group of merged patches in a colour, outlined.
         source_map: (H, W) int64 on the CPU, over the patch grid: the number of each patch's group, in range(groups). Groups
             are numbered as their tokens are ordered in the last block, prefix tokens not counted.
         report: what can be said in numbers, all of it JSON: ``grid`` [H, W]; ``prefix_tokens``; ``groups``;
@@ -102,7 +103,8 @@ def visualize(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     zoom: int = 2,
-    opacity: float = 1.0,
+    colours: str = "distinct",
+    opacity: float | None = None,
     border: tuple[int, int, int] | None = (255, 255, 255),
 ) -> Visualization:
     """Shows which patches of an image the model has merged in the end, through all its merging layers.
@@ -117,7 +119,8 @@ def visualize(
             takes the model's own (``pretrained_cfg``). A model tuned on images without normalisation wants (0, 0, 0) and
             (1, 1, 1).
         zoom: pixels of the picture for one of the model's input, along each side.
-        opacity: of the groups' colours over the image, 0 to 1.
+        colours: "distinct", a colour of its own for each group, as Fig. A3 of the paper has it; or "mean", that of its pixels.
+        opacity: of the groups' colours over the image, 0 to 1; None: 0.6 for distinct ones, 1 for means.
         border: red, green and blue of the outlines, 0 to 255 each; None draws none.
 
     Returns:
@@ -137,6 +140,9 @@ def visualize(
         raise ValueError("model: expected evaluation mode, as dropout would change the groups: model.eval()")
     if isinstance(zoom, bool) or not isinstance(zoom, int) or zoom < 1:
         raise ValueError(f"zoom: expected a positive integer, got {zoom!r}")
+    if colours not in ("distinct", "mean"):
+        raise ValueError(f"colours: expected 'distinct' or 'mean', got {colours!r}")
+    opacity = (0.6 if colours == "distinct" else 1.0) if opacity is None else opacity
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity: expected a number from 0 to 1, got {opacity!r}")
     if border is not None and (len(border) != 3 or not all(0 <= value <= 255 for value in border)):
@@ -162,7 +168,39 @@ def visualize(
         "merges": [note for note, _ in notes],
     }
     ratio = inner.patch_embed.feat_ratio(as_scalar=False)
-    return Visualization(_draw(pixels, source_map, ratio, zoom, opacity, border), source_map, report)
+    palette = distinct_colours(sizes.numel()) if colours == "distinct" else None
+    return Visualization(_draw(pixels, source_map, ratio, zoom, opacity, border, palette), source_map, report)
+
+
+def distinct_colours(count: int) -> Tensor:
+    """(count, 3) in [0, 1]: hues a golden section apart, so that neighbours in number differ much, in three shades."""
+    shades = ((0.85, 0.95), (0.55, 0.85), (0.95, 0.65))
+    return torch.tensor([colorsys.hsv_to_rgb(i * 0.618034 % 1, *shades[i % 3]) for i in range(count)])
+
+
+def sheet(found: Visualization, original: Image.Image) -> Image.Image:
+    """``original`` and its groups side by side in its own aspect ratio, with a caption of layers and counts below.
+
+    Args:
+        found: what :func:`visualize` returned for it. original: what the model saw, whole.
+    """
+    scale = max(found.picture.size) / max(original.size)
+    size = (max(1, round(original.width * scale)), max(1, round(original.height * scale)))
+    panels = (
+        original.convert("RGB").resize(size, Image.Resampling.BICUBIC),
+        found.picture.resize(size, Image.Resampling.BICUBIC),
+    )
+    lines = [f"layer {m['layer']}: {m['tokens']} tokens → {m['left']}" for m in found.report["merges"]]
+    height, width = found.report["grid"]
+    lines.append(f"{height}×{width} patches in {found.report['groups']} groups, the largest of {found.report['largest_group']}")
+    gap, row = 8, 18
+    page = Image.new("RGB", (max(2 * size[0] + 3 * gap, 360), size[1] + 3 * gap + row * len(lines)), "white")
+    for i, panel in enumerate(panels):
+        page.paste(panel, (gap + i * (size[0] + gap), gap))
+    draw = ImageDraw.Draw(page)
+    for i, line in enumerate(lines):
+        draw.text((gap, size[1] + 2 * gap + i * row), line, fill="black", font=ImageFont.load_default(14))
+    return page
 
 
 def _normalisation(inner: Any, mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Tensor, Tensor]:
@@ -203,9 +241,11 @@ def _input(inner: Any, image: Any, mean: Tensor, std: Tensor) -> tuple[Tensor, T
 
 
 def _draw(
-    pixels: Tensor, source_map: Tensor, ratio: tuple[int, int], zoom: int, opacity: float, border: tuple[int, int, int] | None
-) -> Image.Image:
-    """``pixels`` (3, H, W), each drawn towards its group's mean colour; ``ratio``: pixels of a patch, down and across."""
+    pixels: Tensor, source_map: Tensor, ratio: tuple[int, int], zoom: int, opacity: float,
+    border: tuple[int, int, int] | None, palette: Tensor | None = None,
+) -> Image.Image:  # fmt: skip
+    """``pixels`` (3, H, W), each drawn towards its group's colour in ``palette``, or its mean colour; ``ratio``: pixels of a
+    patch, down and across."""
     height, width = pixels.shape[1:]
     # A last patch may be cut off by the image's edge, or the edge left without a patch: the nearest one counts.
     rows = (torch.arange(height) // ratio[0]).clamp(max=source_map.shape[0] - 1)
@@ -214,7 +254,7 @@ def _draw(
     flat, colours = groups.flatten(), pixels.flatten(1).T
     count = int(flat.max()) + 1
     total = colours.new_zeros(count, 3).index_add_(0, flat, colours)
-    means = total / torch.bincount(flat, minlength=count).clamp(min=1)[:, None]
+    means = palette if palette is not None else total / torch.bincount(flat, minlength=count).clamp(min=1)[:, None]
     mixed = torch.lerp(colours, means[flat], opacity).reshape(height, width, 3)
     mixed, groups = (t.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1) for t in (mixed, groups))
     drawn = (mixed * 255).round().to(torch.uint8)
@@ -233,7 +273,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``fpet visualize``."""
     add = parser.add_argument
     add("image", metavar="IMAGE", help="any picture that Pillow opens")
-    add("--model", required=True, metavar="NAME", help="of timm: vit_base_patch16_224, …")
+    add("--run", metavar="RUN", help="folder of a run of fpet train; or")
+    add("--model", metavar="NAME", help="of timm: vit_base_patch16_224, …")
     add("--layer", type=_layers, metavar="N[,N…]", help="0-based blocks that merge; default: the checkpoint's, or the middle")
     add("--pretrained", action="store_true", help="timm's pretrained weights, downloaded where they are not there yet")
     add("--weights", metavar="FILE", help="weights of the backbone from a file that timm can read")
@@ -242,9 +283,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--similarity", choices=("cosine", "dot"), help="cosine (default): as the authors' code; dot: as the paper prints")
     add("--no-normalize", action="store_true", help="pixels in [0, 1] go in as they are, as in the recipe of the paper")
     add("--zoom", type=int, default=2, metavar="N", help="pixels of the picture per pixel of the input; default 2")
-    add("--opacity", type=float, default=1.0, metavar="X", help="of the groups over the image, 0 to 1; default 1")
+    add("--colours", choices=("distinct", "mean"), default="distinct", help="of the groups: distinct (default), or their means")
+    add("--opacity", type=float, metavar="X", help="of the groups over the image, 0 to 1; default 0.6, for means 1")
+    add("--groups-only", action="store_true", help="the groups alone, without the original beside them and the caption")
     add("--device", default="cpu", help="cpu (default), cuda, …")
     add("--out", metavar="FILE", help="the picture; default: IMAGE's name with -groups.png, in the current folder")
+    add("--overwrite", action="store_true", help="a picture that is there")
     add("--json", action="store_true", help="print report and source map as JSON")
 
 
@@ -273,20 +317,52 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--out: expected a name that ends like a picture's (.png, .jpg, …), got {out}")
     if out.resolve() == Path(options.image).resolve():
         raise ValueError(f"--out: expected another file than IMAGE, got {out} for both")
+    if out.exists() and not options.overwrite:
+        raise FileExistsError(f"--out: {out} is there already; give another name, or add --overwrite")
+    if (options.run is None) == (options.model is None):
+        raise ValueError("--run, --model: expected exactly one of them")
     with Image.open(options.image) as opened:
         image = ImageOps.exif_transpose(opened).convert("RGB")
-    model = _build(options)
-    plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)} if options.no_normalize else {}
-    found = visualize(model.eval().to(options.device), image, zoom=options.zoom, opacity=options.opacity, **plain)  # type: ignore[arg-type]
-    found.picture.save(out)
+    settings: dict[str, Any] = {"zoom": options.zoom, "opacity": options.opacity, "colours": options.colours}
+    if options.run is not None:
+        shown: Any
+        model, shown, prepared = _of_run(options, image)
+        settings |= {"mean": prepared.mean, "std": prepared.std}
+    else:
+        model, shown = _build(options), image
+        if options.no_normalize:
+            settings |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    model = model.eval().to(options.device)
+    found = visualize(model, shown, **settings)
+    if isinstance(shown, Tensor) and prepared.crop_mode != "squash":  # the model saw a part of the image
+        image = visualize(model, shown, **settings | {"opacity": 0.0, "border": None}).picture
+    (found.picture if options.groups_only else sheet(found, image)).save(out)
     if options.json:
         print(json.dumps({**found.report, "source_map": found.source_map.tolist(), "picture": str(out)}))
         return 0
     print("\n".join(_lines(found.report)))
-    if not (options.pretrained or options.weights):
+    if not (options.pretrained or options.weights or options.run):
         print("The backbone's weights are random: groups follow colours at best. See --pretrained and --weights.")
     print(f"picture: {out}")
     return 0
+
+
+def _of_run(options: argparse.Namespace, image: Image.Image) -> tuple[nn.Module, Tensor, Any]:
+    """A run's model, its input made of ``image`` as in evaluation, and how it was made."""
+    from .data.preprocessing import Preprocessing
+    from .files.modelfile import read_file
+    from .train.build import load_run
+    from .train.folder import MODEL
+
+    given = [name for name in ("layer", "weights", "checkpoint", "image_size", "similarity") if getattr(options, name)]
+    if given or options.pretrained or options.no_normalize:
+        raise ValueError("--run: it says all about its model; give none of --layer, --weights, --checkpoint, …")
+    loaded = load_run(options.run)
+    inner: Any = find_model(loaded.model)
+    if getattr(inner, "fpet_config", None) is None or not inner.fpet_config.layers:
+        raise ValueError(f"--run: {options.run} merges nothing")
+    prepared = Preprocessing.from_dict(read_file(Path(options.run) / MODEL)[0]["preprocessing"])
+    return loaded.model, loaded.transform(image), prepared
 
 
 def _build(options: argparse.Namespace) -> nn.Module:

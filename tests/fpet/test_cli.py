@@ -19,6 +19,7 @@ from PIL import Image
 import fpet
 import fpet_kernels.__main__
 from fpet import cli
+from fpet.visualization import sheet
 
 MODEL = "test_vit"  # timm's smallest: 160 pixels, 16 a patch, 6 blocks
 
@@ -48,7 +49,7 @@ def ran(*arguments: str) -> int:
 
 def test_picture_and_report(backbone: tuple[torch.nn.Module, str], capsys: pytest.CaptureFixture[str]) -> None:
     model, weights = backbone
-    assert ran("photo.png", "--model", MODEL, "--layer", "2", "--weights", weights) == 0
+    assert ran("photo.png", "--model", MODEL, "--layer", "2", "--weights", weights, "--groups-only") == 0
     said = capsys.readouterr().out
     expected = fpet.visualize(fpet.apply(model, layer=2), Image.open("photo.png"))
     with Image.open("photo-groups.png") as drawn:
@@ -58,13 +59,31 @@ def test_picture_and_report(backbone: tuple[torch.nn.Module, str], capsys: pytes
     assert f"layer 2: 101 tokens → 51; cosine similarity of merged pairs {report['mean_similarity']:.3f}" in said
     sizes, groups = (line.split()[1:] for line in said.splitlines()[1:3])
     assert {int(s): int(g) for s, g in zip(sizes, groups, strict=True)} == report["group_sizes"]
+    arguments = ("photo.png", "--model", MODEL, "--layer", "2", "--weights", weights)
+    assert ran(*arguments) == 1 and "--overwrite" in capsys.readouterr().err
+    with Image.open("photo-groups.png") as untouched:
+        assert untouched.size == expected.picture.size
+    assert ran(*arguments, "--overwrite") == 0
+    with Image.open("photo-groups.png") as drawn:
+        assert numpy.array_equal(numpy.asarray(drawn), numpy.asarray(sheet(expected, Image.open("photo.png"))))
 
 
 def test_options_reach_the_model_and_json_comes_out(
     backbone: tuple[torch.nn.Module, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = backbone[1]
-    options = ("--layer", "1,3", "--image-size", "96,128", "--similarity", "dot", "--no-normalize", "--zoom", "3")
+    options = (
+        "--layer",
+        "1,3",
+        "--image-size",
+        "96,128",
+        "--similarity",
+        "dot",
+        "--no-normalize",
+        "--zoom",
+        "3",
+        "--groups-only",
+    )
     assert ran("photo.png", "--model", MODEL, "--weights", weights, *options, "--json", "--out", "o.jpg") == 0
     said = json.loads(capsys.readouterr().out)
     model = timm.create_model(MODEL, img_size=(96, 128), pretrained=True, pretrained_cfg_overlay={"file": weights}).eval()
@@ -97,9 +116,9 @@ def test_checkpoint_brings_its_layers(backbone: tuple[torch.nn.Module, str], cap
     assert said["source_map"] == expected.source_map.tolist()
     assert said["mean_similarity"] == pytest.approx(expected.report["mean_similarity"], abs=1e-5)
 
-    assert ran(*arguments, "--layer", "1") == 1
+    assert ran(*arguments, "--layer", "1", "--overwrite") == 1
     assert "merges at [2, 4]" in capsys.readouterr().err
-    assert ran("photo.png", "--model", MODEL, "--checkpoint", "tuned.safetensors") == 1  # another backbone
+    assert ran("photo.png", "--model", MODEL, "--checkpoint", "tuned.safetensors", "--overwrite") == 1  # another backbone
     assert "frozen weights" in capsys.readouterr().err
 
 

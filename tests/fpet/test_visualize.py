@@ -15,7 +15,7 @@ from torch import nn
 
 import fpet
 import fpet_kernels as fk
-from fpet.visualization import _draw, _recording
+from fpet.visualization import _draw, _recording, distinct_colours, sheet
 
 TINY = dict(img_size=(32, 48), patch_size=8, embed_dim=96, depth=4, num_heads=4, num_classes=5)  # 4×6 patches
 MODELS = {
@@ -56,8 +56,8 @@ def seen_merges(model: nn.Module, x: torch.Tensor, monkeypatch: pytest.MonkeyPat
 
     def spy(x: torch.Tensor, key: torch.Tensor, **options: object) -> fk.Merged:
         merged = right(x, key, **options)
-        grid = options["grid_size"]
-        seen.append((key, options["split"] or fk.checkerboard(*grid), merged.match))
+        grid = options.get("grid_size")
+        seen.append((key, options.get("split") or fk.checkerboard(*grid), merged.match))
         return merged
 
     with monkeypatch.context() as patch, torch.no_grad():
@@ -122,7 +122,7 @@ def test_similarity_is_that_of_the_refined_key_and_of_the_measure_in_use() -> No
 def test_colours_are_the_means_of_groups_and_borders_lie_between_them() -> None:
     model = fpet.apply(build(), layer=(0, 1))
     x = image()
-    found = fpet.visualize(model, x, mean=(0.5, 0.4, 0.3), std=(0.5, 0.2, 0.1), zoom=1, border=None)
+    found = fpet.visualize(model, x, mean=(0.5, 0.4, 0.3), std=(0.5, 0.2, 0.1), zoom=1, border=None, colours="mean")
     drawn = numpy.asarray(found.picture).astype(int)
     assert drawn.shape == (32, 48, 3)
     shown = x * torch.tensor([0.5, 0.2, 0.1])[:, None, None] + torch.tensor([0.5, 0.4, 0.3])[:, None, None]
@@ -140,9 +140,29 @@ def test_colours_are_the_means_of_groups_and_borders_lie_between_them() -> None:
     assert not line[12::24, 12::24].any(), "the middle of a patch is no border"
 
 
+def test_every_group_has_a_colour_of_its_own() -> None:
+    model = fpet.apply(build(), layer=1)
+    found = fpet.visualize(model, image(), zoom=1, border=None, opacity=1.0)
+    drawn = numpy.asarray(found.picture)[4::8, 4::8].reshape(-1, 3)
+    pairs = {(int(g), tuple(map(int, colour))) for g, colour in zip(found.source_map.flatten(), drawn, strict=True)}
+    assert len(pairs) == len({colour for _, colour in pairs}) == found.report["groups"]
+    assert len({tuple(c) for c in distinct_colours(400).mul(255).round().int().tolist()}) == 400
+
+
+def test_a_sheet_has_the_original_beside_its_groups_in_its_own_aspect_ratio() -> None:
+    model = fpet.apply(build(), layer=(0, 1))
+    photo = picture(90, 30)
+    page = sheet(fpet.visualize(model, photo, zoom=4), photo)
+    assert page.size == (2 * 192 + 24, 64 + 24 + 3 * 18)
+    left, right = (numpy.asarray(page.crop((8 + i * 200, 8, 8 + i * 200 + 192, 72))) for i in (0, 1))
+    assert numpy.array_equal(left, numpy.asarray(photo.resize((192, 64), Image.Resampling.BICUBIC)))
+    assert not numpy.array_equal(left, right)
+    assert (numpy.asarray(page)[72:] < 128).any(), "there is a caption"
+
+
 def test_opacity_mixes_groups_into_the_image() -> None:
     model = fpet.apply(build(), layer=1)
-    options = dict(mean=(0, 0, 0), std=(1, 1, 1), zoom=1, border=None)
+    options = dict(mean=(0, 0, 0), std=(1, 1, 1), zoom=1, border=None, colours="mean")
     x = image().abs()
     clear, half, full = (
         numpy.asarray(fpet.visualize(model, x, opacity=o, **options).picture).astype(int) for o in (0.0, 0.5, 1.0)
@@ -234,6 +254,7 @@ WRONG = {
     "image: expected a floating-point": (TypeError, (torch.zeros(3, 32, 48, dtype=torch.uint8),), {}),
     "image: expected a PIL image": (TypeError, ("photo.png",), {}),
     "zoom": (ValueError, (image(),), {"zoom": 0}),
+    "colours": (ValueError, (image(),), {"colours": "grey"}),
     "opacity": (ValueError, (image(),), {"opacity": 1.5}),
     "border": (ValueError, (image(),), {"border": (0, 0, 256)}),
     "mean": (ValueError, (image(),), {"mean": (0.5,)}),
