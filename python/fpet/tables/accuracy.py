@@ -165,11 +165,12 @@ def paper_config(
     """The paper's recipe for one row of a table on one task."""
     spec = MODELS[variant.model]
     where = "" if variant.layer is None else f"-{variant.layer}"
+    where += "" if variant.hidden_dim is None else f"-width{variant.hidden_dim}"
     output = runs / variant.model / task / f"{variant.method}-{variant.reduction}{where}-{seed}"
     values = PRESETS["paper"] | {
         "data": family, "task": task, "data_dir": str(folder), "image_size": spec.image_size, "seed": seed,
         "model": f"{spec.timm_name}.{spec.tag}", "method": variant.method, "reduction": variant.reduction,
-        "layer": variant.layer, "output": str(output), "progress": False,
+        "hidden_dim": variant.hidden_dim, "layer": variant.layer, "output": str(output), "progress": False,
     }  # fmt: skip
     return Config(**(values | settings))
 

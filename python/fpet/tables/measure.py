@@ -55,21 +55,29 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of a table. Attributes: model, of MODELS; method; reduction; layer that reduces, None where none or all do."""
+    """A row of a table. Attributes: model, of MODELS; method; reduction; layer that reduces, None where none or all do;
+    hidden_dim, None for the method's own."""
 
     model: str
     method: str
     reduction: str
     layer: int | None = None
+    hidden_dim: int | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str, int | None]:
+        """All but hidden_dim."""
+        return self.model, self.method, self.reduction, self.layer
 
     @property
     def plain(self) -> Variant:
         """The same method with every token kept: what ratios are taken to."""
-        return Variant(self.model, self.method, "none")
+        return Variant(self.model, self.method, "none", None, self.hidden_dim)
 
     def __str__(self) -> str:
         where = "" if self.layer is None else f" at {self.layer}"
-        return f"{MODELS[self.model].title}, {self.method}, {self.reduction}{where}"
+        width = "" if self.hidden_dim is None else f" of width {self.hidden_dim}"
+        return f"{MODELS[self.model].title}, {self.method}{width}, {self.reduction}{where}"
 
 
 # --- models ------------------------------------------------------------------------------------------------------------
@@ -107,7 +115,7 @@ def build(base: nn.Module, variant: Variant, *, training: bool, share: bool = Tr
     for p in base.parameters():  # parameters of its own, as each variant trains others
         memo[id(p)] = nn.Parameter(p.data if share and not folded else p.data.clone())
     model = copy.deepcopy(base, memo)
-    add_adapters(model, variant.method)
+    add_adapters(model, variant.method, hidden_dim=variant.hidden_dim)
     comparators.apply_reduction(model, variant.reduction, variant.layer)
     if not training:
         model.eval()

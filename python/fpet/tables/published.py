@@ -1,4 +1,4 @@
-"""Numbers that the paper published (arXiv 2503.20282), each with where it was read. What could not be read is absent.
+"""Numbers of the paper for one combination of backbone, method and reduction, each with the table it is from.
 
 Nothing that measures imports this module: a published number can't get into a measured column.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["PUBLISHED", "Published", "lookup"]
+from .definitions import TABLES, Row
+
+__all__ = ["PUBLISHED", "Published", "lookup", "of_row", "of_table"]
 
 
 class Published(NamedTuple):
@@ -18,38 +20,44 @@ class Published(NamedTuple):
     doubt: str = ""
 
 
-_PAPER = "the paper"
-# https://en.papernotes.org/CVPR2025/model_compression/faster_parameter-efficient_tuning_with_token_redundancy_reduction/
-# quotes Table 1. Its 13.5 and 17.6 G are the paper's.
-_NOTE = "Table 1, as quoted by a reading note of the paper on papernotes.org"
-_NO_METHOD = "the tuning method that it was published for is not known here"
-
-
-def _table_1(accuracy: float, time_ms: float, gmac: float, memory_gb: float, doubt: str = "") -> dict[str, Published]:
-    return {
-        "accuracy": Published(accuracy, _NOTE), "time_ms": Published(time_ms, _NOTE, doubt), "gmac": Published(gmac, _NOTE),
-        "memory_gb": Published(memory_gb, _NOTE),
-    }  # fmt: skip
-
-
-PUBLISHED: dict[tuple[str, str, str, int | None], dict[str, Published]] = {
-    ("vitb16", "full", "none", None): _table_1(68.9, 2.62, 17.6, 11.9),
-    ("vitb16", "vpt-deep", "none", None): _table_1(72.0, 2.79, 18.5, 9.8),
-    ("vitb16", "lora", "none", None): _table_1(75.7, 2.62, 17.6, 8.4),
-    ("vitb16", "adaptformer", "none", None): _table_1(
-        76.2, 2.68, 17.6, 7.6, "the note also says 1.5 % above 2.62, which would be 2.66"
-    ),
-    ("vitb16", "bi-adaptformer", "none", None): _table_1(77.0, 2.77, 17.7, 7.6),
-    ("vitb16", "lora", "fpet", 6): _table_1(75.6, 2.10, 13.3, 7.1),
-    ("vitb16", "adaptformer", "fpet", 6): _table_1(76.2, 2.12, 13.5, 6.2),
-    ("vitb16", "bi-adaptformer", "fpet", 6): _table_1(77.0, 2.17, 13.5, 6.2),
-    ("vitb16", "adaptformer", "fpet", 4): {"gmac": Published(12.0, _PAPER, _NO_METHOD)},
-    ("vitb16", "adaptformer", "fpet", 2): {"gmac": Published(10.5, _PAPER, _NO_METHOD)},
-    ("vitl16", "adaptformer", "fpet", 12): {"gmac": Published(46.7, _PAPER, _NO_METHOD)},
+Key = tuple[str, str, str, int | None]
+_DOUBTS = {
+    ("1", "vpt-deep", "memory_gb"): "the table also says 26.5 % less than 11.9, which would be 8.75",
+    ("1", "adaptformer", "time_ms"): "the table also says 1.5 % above 2.62, which would be 2.66",
 }
+
+
+def of_row(table: str, row: Row, quantity: str) -> Published:
+    """What a row of a table says."""
+    plain = row.variant is not None and row.variant.reduction == "none"
+    doubt = _DOUBTS.get((table, row.variant.method, quantity), "") if plain and row.variant is not None else ""
+    return Published(row.numbers[quantity], f"Table {table}", doubt)
+
+
+def of_table(name: str) -> dict[Key, dict[str, Published]]:
+    """What one table says, by model, tuning method, reduction and 0-based layer that reduces (None: none does, or all do)."""
+    found: dict[Key, dict[str, Published]] = {}
+    for row in TABLES[name].rows:
+        if row.variant is None or row.variant.hidden_dim is not None:
+            continue
+        found.setdefault(row.variant.key, {}).update({q: of_row(name, row, q) for q in row.numbers})
+    return found
+
+
+def _all() -> dict[Key, dict[str, Published]]:
+    """Of several tables with the same number, the first is taken."""
+    found: dict[Key, dict[str, Published]] = {}
+    for name in TABLES:
+        for key, numbers in of_table(name).items():
+            for quantity, number in numbers.items():
+                found.setdefault(key, {}).setdefault(quantity, number)
+    return found
+
+
+PUBLISHED: dict[Key, dict[str, Published]] = _all()
 """By model, tuning method, reduction and 0-based layer that reduces (None: none does). VTAB-1K accuracies in percent."""
 
 
 def lookup(model: str, method: str, reduction: str, layer: int | None) -> dict[str, Published]:
-    """What was published for one row, by quantity; empty where nothing could be read."""
+    """What was published for one row, by quantity; empty where nothing was."""
     return PUBLISHED.get((model, method, reduction, None if reduction == "none" else layer), {})

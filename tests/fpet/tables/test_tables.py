@@ -22,10 +22,11 @@ if missing:
 import fpet  # noqa: E402
 from fpet import cli, comparators, data  # noqa: E402
 from fpet.adapters import METHODS  # noqa: E402
+from fpet.adapters.folding import folds  # noqa: E402
 from fpet.layers.modules import PETModule  # noqa: E402
 from fpet.measure import timing  # noqa: E402
 from fpet.measure.memory import reserved_memory, step_memory  # noqa: E402
-from fpet.tables import accuracy, measure, published, render  # noqa: E402
+from fpet.tables import accuracy, collect, measure, published, render  # noqa: E402
 from fpet.tables import command as tables  # noqa: E402
 from fpet.tables.measure import Variant  # noqa: E402
 from fpet.tables.published import Published  # noqa: E402
@@ -99,7 +100,7 @@ def test_columns_of_what_was_measured_hold_nothing_published() -> None:
         for heading, cells in columns(text).items():
             if heading.endswith(", here"):
                 assert not {f"{value * f:g}" for value in SENTINELS.values() for f in (1, 0.5)} & set(cells)
-    assert "Not measured: accuracy %, training GB, tuned M." in render.variant_table([PLAIN, MERGED], quantities, rows)
+    assert "Not measured: accuracy %, training GB, reserved GB." in render.variant_table([PLAIN, MERGED], quantities, rows)
 
 
 def test_times_say_which_machines_they_are_of() -> None:
@@ -126,7 +127,7 @@ def test_doubts_about_a_published_number_are_told(monkeypatch: pytest.MonkeyPatc
 
 def test_rows_keep_published_numbers_apart(measured: Any) -> None:
     _, rows, _ = measured
-    row = tables._Collector(options(), None).row(MERGED)
+    row = collect.Collector(options(), None).row(MERGED)
     assert row["published"]["gmac"] == {"value": 765432.0 / 2, "source": "nowhere", "doubt": ""}
     assert not row["measured"] and not row["ratio"]
     for row in rows:
@@ -146,12 +147,13 @@ def test_what_measures_does_not_know_what_was_published() -> None:
 
 
 def test_published_numbers_say_where_they_are_from() -> None:
-    for (model, method, reduction, layer), numbers in published.PUBLISHED.items():
+    for (model, method, reduction, _), numbers in published.PUBLISHED.items():
         assert model in measure.MODELS and method in METHODS and reduction in REDUCTIONS
-        assert (layer is None) == (reduction == "none")
-        assert numbers and all(p.source and p.value > 0 and name in render.QUANTITIES for name, p in numbers.items())
-    assert published.lookup("vitb16", "ssf", "none", None) == {}
+        assert numbers and all(p.source and name in render.QUANTITIES for name, p in numbers.items())
+    assert published.lookup("vitb16", "ssf", "none", None)["gmac"] == Published(17.6, "Table 1")
+    assert published.lookup("vitb16", "ssf", "fpet", 6) == {}
     assert published.lookup("vitb16", "adaptformer", "fpet", 6)["gmac"].value == 13.5
+    assert "8.75" in published.lookup("vitb16", "vpt-deep", "none", None)["memory_gb"].doubt
 
 
 @pytest.mark.parametrize("variant", [("vitb16", "bi-adaptformer", "none", None), ("vitb16", "lora", "fpet", 6)])
@@ -178,7 +180,7 @@ def test_gmac_by_hand() -> None:
 
 def test_linear_methods_are_folded_for_inference_only() -> None:
     base = measure.backbone("tiny", CPU)
-    for method in measure.FOLDED:
+    for method in filter(folds, METHODS):
         variant = Variant("tiny", method, "fpet", 3)
         served = measure.build(base, variant, training=False)
         assert [n for n, m in served.named_modules() if isinstance(m, PETModule)] == ["blocks.3.refinement"] + [
@@ -267,33 +269,56 @@ def test_what_loses_tokens_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys:
     assert ran(*arguments, "--budget", "0", "--out", "none") == 1
     said = capsys.readouterr()
     assert "WRONG" in said.err and "sizes sum to" in said.err
-    assert columns(said.out)["method"] == ["adaptformer"] and columns(said.out)["tokens"] == ["all"]
+    assert columns(said.out)["tokens"] == ["all", "fpet @3"] and columns(said.out)["ms/image, here"][1] == "–"
 
 
 # --- tables --------------------------------------------------------------------------------------------------------------
 
 
-def test_every_table_has_the_rows_it_is_about() -> None:
-    methods = ["linear", "adaptformer", "lora"]
-    rows = {name: table.rows("vitb16", methods) for name, table in tables.TABLES.items()}
-    assert {v.method for v in rows["1"]} == set(methods) and len(rows["1"]) == 6
-    for name in ("3", "A3"):
-        assert {v.reduction for v in rows[name]} == set(REDUCTIONS)
-    assert [v.layer for v in rows["5"]] == [None, 2, 4, 6, 8, 10]
-    assert [v.layer for v in tables.TABLES["5"].rows("vitl16", methods)] == [None, 4, 8, 12, 16, 20]
-    wanted = tables.variants_of(["1", "4"], ["vits16", "deitb16"], methods)
-    assert len(wanted) == 12 and all({"time_ms", "gmac"} <= quantities for quantities in wanted.values())
-    assert all((v.method != "linear") == ({"step_ms", "reserved_gb"} <= quantities) for v, quantities in wanted.items())
-    for variant in (v for several in rows.values() for v in several):
-        assert (variant.layer is None) == (variant.reduction in ("none", "tome", "ltmp"))
+def test_tables_on_other_backbones_and_with_other_methods() -> None:
+    one, three, five = (tables.TABLES[name] for name in ("1", "3", "5"))
+    assert [(r.variant.method, r.variant.reduction) for r in one.rows_for(["vits16"], ["linear", "adaptformer", "bitfit"])] == [
+        ("linear", "none"), ("bitfit", "none"), ("adaptformer", "none"), ("adaptformer", "fpet"),
+    ]  # fmt: skip
+    own = one.rows_for(["vitb16"], ["vpt-shallow"])
+    assert [(r.variant.method, r.variant.reduction) for r in own] == [("vpt-shallow", "none"), ("vpt-shallow", "fpet")]
+    assert {r.variant.layer for r in three.rows_for(["vitl16"])} == {None, 12}
+    assert [r.variant.model for r in five.rows_for()] == ["vitl16", "vitl16", "deits16", "deits16"] != []
+    assert five.rows_for(["vitb16"]) == []
+    wanted = tables.variants_of(["1", "4"], None, ["adaptformer"])
+    assert [str(v) for v in wanted] == ["ViT-B/16, adaptformer, none", "ViT-B/16, adaptformer, fpet at 6"]
+    assert all({"time_ms", "gmac", "step_ms", "reserved_gb"} <= quantities for quantities in wanted.values())
+    narrow = next(v for v in tables.variants_of(["A2"], None, None) if v.hidden_dim == 1)
+    assert narrow.plain == narrow
+    assert sum(p.numel() for n, p in measure.build(measure.backbone("tiny", torch.device("meta")), Variant("tiny", "adaptformer", "none", None, 1), training=True).named_parameters() if "adapter" in n) == 6 * 2 * 64  # fmt: skip
+
+
+def test_differences_are_taken_to_the_same_method_with_every_token() -> None:
+    rows = {PLAIN: fresh_row(PLAIN, accuracy=75.0, step_ms=100.0), MERGED: fresh_row(MERGED, accuracy=74.5, step_ms=80.0)}
+    for row in rows.values():
+        row["conditions"] = {"step_ms": {"batch": 4}}
+    lines = [("plain", PLAIN, {}), ("ours", MERGED, {"delta_accuracy": Published(-0.05, "Table 3")}), ("NOAH", None, {})]
+    found = columns(render.table(lines, ["delta_accuracy", "step_s"], rows))
+    assert found["row"] == ["plain", "ours", "NOAH"] and found["method"] == ["adaptformer", "adaptformer", "–"]
+    assert found["Δ accuracy %, here"] == ["+0.00", "-0.50", "–"] and found["Δ accuracy %, paper"] == ["–", "-0.05", "–"]
+    assert found["s/iteration, here"] == ["0.400", "0.320", "–"]
+
+
+def test_the_order_of_means_says_where_they_are_equal() -> None:
+    group = {"a": [50.0, 51.0], "b": [51.0, 50.0], "c": [60.0], "d": [50.4]}
+    rows = [
+        {"model": "embedded", "task": "t", "method": "m", "reduction": name, "measured": {"accuracies": values}}
+        for name, values in group.items()
+    ]
+    assert render.embedded_table(rows).endswith("Order of the means: c > a = b > d")
 
 
 def test_rows_hold_what_was_measured_and_where_it_is_from(measured: Any) -> None:
     status, rows, _ = measured
     assert status == 0
     assert [(r["method"], r["reduction"]) for r in rows] == [
-        (m, r) for m in ("linear", "adaptformer") for r in ("none", "fpet")
-    ]
+        ("linear", "none"), ("adaptformer", "none"), ("adaptformer", "fpet"),
+    ]  # fmt: skip
     for row in rows:
         assert row["measured"]["time_ms"] > 0 and row["conditions"]["time_ms"]["rounds"] >= timing.MIN_ROUNDS
         assert row["conditions"]["time_ms"] | {"rounds": 0} == {"batch": 1, "rounds": 0, "clock": "cpu", "threads": torch.get_num_threads()}  # fmt: skip
@@ -306,8 +331,7 @@ def test_rows_hold_what_was_measured_and_where_it_is_from(measured: Any) -> None
         assert (row["backend"] is None) == (row["reduction"] == "none")
     merged = rows[-1]
     counts = fpet.count_parameters(measure.build(measure.backbone("tiny", CPU), MERGED, training=True))
-    assert merged["measured"]["parameters_m"] == (counts.adapters + counts.refinement) / 1e6
-    assert merged["measured"]["stored_kib"] == counts.adapter_bytes / 1024
+    assert merged["hidden_dim"] is None and counts.adapters > 0
     assert merged["conditions"]["memory_gb"]["batch"] == 64 and 0.5 < merged["ratio"]["memory_gb"] < 1
 
 
@@ -321,11 +345,11 @@ def test_show_makes_tables_of_rows(measured: Any, tmp_path: Path, capsys: pytest
     assert (tmp_path / "tables.md").read_text() == said
     first, fourth = (said.split(f"### Table {name}: ")[1].partition("###")[0] for name in ("1", "4"))
     assert "Table 3" not in said and "Table 5" not in said, "most of whose rows are not there"
-    assert first.startswith("tuning methods") and "clock cpu" in first and "our assignment" not in first
+    assert first.startswith("Comparison with state-of-the-art") and "clock cpu" in first
     found = columns(first)
     assert found["ms/image, here"][-1] == "123" and found["ms/image × plain, here"][-1] == "0.456"
     assert found["GMAC, here"][-1] == f"{rows[-1]['measured']['gmac']:.2f}" and found["GMAC, paper"][-1] == "382716"
-    assert fourth.startswith("cost of tuning") and "our assignment" in fourth
+    assert fourth.startswith("Average training time")
     assert ran("--show", str(later), "--tables", "4", "--methods", "adaptformer", "--models", "tiny,vitb16") == 0
     assert columns(capsys.readouterr().out)["tokens"] == ["all", "fpet @3"]
     (tmp_path / "other.jsonl").write_text(json.dumps({"benchmark": "kernel_vs_ref", "model": "x"}) + "\n")
@@ -347,8 +371,8 @@ def test_picture_of_what_was_measured(measured: Any, tmp_path: Path) -> None:
 def test_batch_on_a_cpu_goes_by_the_work_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     for work, images in ((1e9, 1), (61.6, 1), (17.6, 4), (4.6, 16), (0.1, 16)):
         monkeypatch.setattr(measure, "gmac", lambda variant, work=work: work)
-        assert tables._batch("tiny", CPU, False) == images
-    assert [tables._batch("tiny", SimpleNamespace(type="cuda"), training) for training in (False, True)] == [256, 64]
+        assert collect._batch("tiny", CPU, False) == images
+    assert [collect._batch("tiny", SimpleNamespace(type="cuda"), training) for training in (False, True)] == [256, 64]
 
 
 # --- accuracy ------------------------------------------------------------------------------------------------------------
@@ -448,14 +472,14 @@ def write_few_shot(root: Path) -> None:
 def test_accuracies_on_data_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_few_shot(tmp_path)
     settings = ("shots=1", "epochs=1", "warmup_epochs=0.5", "batch_size=4", "pretrained=false", "workers=0")
-    arguments = ["--tables", "5", "--models", "tiny", "--measure", "none", "--accuracy", "data", "--family", "fgvc"]
+    arguments = ["--tables", "A2", "--models", "tiny", "--measure", "none", "--accuracy", "data", "--family", "fgvc"]
     arguments += [*("--data", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "rows.jsonl"))]
     arguments += [part for setting in settings for part in ("--set", setting)]
     assert ran(*arguments) == 0
     said = capsys.readouterr()
     assert "left out: accuracy on oxford-pets" in said.err
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [r["layer"] for r in rows] == [None, 1, 2, 3, 4, 5]
+    assert [(r["layer"], r["hidden_dim"]) for r in rows] == [(None, None), (None, 1), (3, None)]
     for row in rows:
         assert row["accuracies"].keys() == {"food101"} and row["conditions"]["accuracy"]["tasks"] == "1 of 5"
         assert row["measured"]["accuracy"] == row["accuracies"]["food101"][0]
@@ -501,7 +525,7 @@ def options(*arguments: str) -> Any:
 
 
 WRONG = {
-    "--tables": "2", "--models": "vith14", "--methods": "prefix", "--measure": "flops", "--device": "moon", "--batch": "0",
+    "--tables": "7", "--models": "vith14", "--methods": "prefix", "--measure": "flops", "--device": "moon", "--batch": "0",
     "--threads": "many", "--budget": "-1", "--seeds": "0,0", "--attention": "sparse", "--accuracy": "guess", "--clock": "sun", "--scales": "small",
 }  # fmt: skip
 
