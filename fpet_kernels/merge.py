@@ -63,7 +63,7 @@ def bdm_merge(
     detach_key: bool = True,
     backend: str | None = None,
 ) -> Merged:
-    r"""Merges half of the tokens: bipartite differentiable matching of FPET (CVPR 2025, section 3.2), in one fused operator.
+    r"""Merges half of the tokens: bipartite differentiable matching of FPET (CVPR 2025, section 4.2), in one fused operator.
 
     The patches whose row + column is even (set A) are each merged into the patch with odd row + column (set B) whose key is
     most similar:
@@ -75,7 +75,7 @@ def bdm_merge(
         \mathrm{tokens}_j &= (n_j x_j + \sum_{i \to j} n_i x_i) / n'_j, \quad n'_j = n_j + \sum_{i \to j} n_i
 
     Every source is matched, always; equal scores go to the lowest index. The gradient takes soft in place of the hard match
-    (straight-through estimator). Scores, normalisation and sums are float32 in every reduced precision (float64 where an
+    (eq. 14, straight-through). Scores, normalisation and sums are float32 in every reduced precision (float64 where an
     input is float64), whatever autocast says. The result is bitwise reproducible, for an image whatever batch it is in.
 
     Args:

@@ -2,7 +2,7 @@
 
 Every fused backend is tested against this file. It keeps the dense (N_A, M) matching matrix that the kernels never make,
 so it is slow and takes memory quadratic in the number of tokens. Equations: *Faster Parameter-Efficient Tuning with Token
-Redundancy Reduction*, CVPR 2025 (arXiv 2503.20282), section 3.2.
+Redundancy Reduction*, CVPR 2025 (arXiv 2503.20282), section 4.2.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def refine_key(
     dropout_mask: Tensor | None,
     key_delta: Tensor | None,
 ) -> Tensor:
-    """k' = key + key_delta + scale · (ReLU(key W_downᵀ) ⊙ mask) W_upᵀ (eq. 12 and section 3.3); key is (B, N, C)."""
+    """k' = key + key_delta + scale · (ReLU(key W_downᵀ) ⊙ mask) W_upᵀ (eq. 10); key is (B, N, C)."""
     refined = key
     if w_down is not None and w_up is not None:
         hidden = F.relu(key @ w_down.to(key.dtype).mT)
@@ -120,15 +120,15 @@ def bdm_merge_reference(
         second = torch.where(
             second.amax(-1, keepdim=True) == float("-inf"), (best == 0).to(best.dtype), second.argmax(-1, keepdim=True)
         )
-        mid = (scores.gather(-1, best) + scores.gather(-1, second)) / 2  # m_i, eq. 9
-        soft = torch.sigmoid(scores - mid)  # eq. 10
+        mid = (scores.gather(-1, best) + scores.gather(-1, second)) / 2  # m_i, eq. 12
+        soft = torch.sigmoid(scores - mid)  # eq. 12
         if rule == "threshold":
             hard = (soft > 0.5).to(dtype)
         elif rule == "argmax":
             hard = torch.zeros_like(soft).scatter(-1, best, 1.0)
         else:
             raise ValueError(f"rule: expected 'argmax' or 'threshold', got {rule!r}")
-        matching = hard + (soft - soft.detach())  # straight-through estimator: hard forward, soft backward
+        matching = hard + (soft - soft.detach())  # straight-through estimator, eq. 14: hard forward, soft backward
         # A NaN score must not reach a token through 0 · NaN: in the forward the matching is exactly the hard one.
         matching = torch.where(soft.isnan(), hard, matching)
 

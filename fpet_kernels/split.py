@@ -44,7 +44,7 @@ class Split:
 
     Raises:
         ValueError: the two lists do not partition the positions, or there are fewer than two destinations (the soft
-            match needs a largest and a second largest score, eq. 10 of the paper).
+            match needs a largest and a second largest score, eq. 12 of the paper).
     """
 
     __slots__ = ("a", "b", "grid", "num_tokens", "_by_device")
@@ -169,7 +169,7 @@ def checkerboard_positions(height: int, width: int, device: torch.device) -> tup
 
 
 def checkerboard(height: int, width: int) -> Split:
-    """The paper's split (section 3.2): patch (row, col) is a source where row + col is even, a destination where odd.
+    """The paper's split (eq. 9): patch (row, col) is a source where row + col is even, a destination where odd.
 
     Both sets are in raster order. Odd sides are fine: a 7×7 grid has 25 sources and 24 destinations.
     """

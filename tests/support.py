@@ -261,7 +261,7 @@ def soft_match(problem: Problem, best: Tensor, second: Tensor) -> Tensor:
 
 
 def surrogate(problem: Problem, best: Tensor, second: Tensor, soft: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """tokens and size of equations 9 to 13 with the decisions given; differentiable, straight-through.
+    """tokens and size of equations 10 to 14 with the decisions given; differentiable, straight-through.
 
     With ``soft``, the soft match of the point at which the derivative is taken, it is an ordinary smooth function whose
     derivative at that point is the straight-through gradient; without, autograd's stop-gradient plays that part.

@@ -30,16 +30,16 @@ __all__ = ["BEST_VARIANTS", "Indexed", "paper", "paper_of"]
 def paper(
     x: Tensor, key: Tensor, w_down: Tensor | None, w_up: Tensor | None, a: Tensor, b: Tensor, p: int
 ) -> tuple[Tensor, Tensor]:
-    """Section 3.2 as printed: tokens (B, M, D), size (B, M, 1). ``a``, ``b``: positions in N; ``p`` prefix tokens."""
+    """Section 4.2 as printed: tokens (B, M, D), size (B, M, 1). ``a``, ``b``: positions in N; ``p`` prefix tokens."""
     key = key.detach()
     if key.dim() == 4:
         key = key.mean(1)
     if w_down is not None and w_up is not None:
-        key = key + F.relu(key @ w_down.mT) @ w_up.mT  # eq. 12
+        key = key + F.relu(key @ w_down.mT) @ w_up.mT  # eq. 10
     key = F.normalize(key, dim=-1)
     scores = key[:, a] @ key[:, b].mT  # eq. 11
-    mid = scores.topk(2, dim=-1).values.mean(-1, keepdim=True)  # eq. 9
-    soft = torch.sigmoid(scores - mid)  # eq. 10
+    mid = scores.topk(2, dim=-1).values.mean(-1, keepdim=True)  # eq. 12
+    soft = torch.sigmoid(scores - mid)  # eq. 12
     hard = (soft > 0.5).to(soft.dtype)
     matching = hard - soft.detach() + soft
     size = 1 + matching.sum(1).unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""The tiny adapter on the keys that learns the matching (FPET, section 3.2): :class:`KeyRefinement`."""
+"""The tiny adapter on the keys that learns the matching (FPET, equation 10): :class:`KeyRefinement`."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def apply(
         model: a timm model, or any module that holds exactly one: a features_only wrapper, a peft model, open_clip's trunk.
         layer: 0-based block, any, or several: each merges half of what the one before left, between its attention's
             residual and its MLP. None or empty: nothing is merged, and the model computes what it did before.
-        refinement: the learned correction of the key that is matched (section 3.3 of the paper), in the merging blocks. None:
+        refinement: the learned correction of the key that is matched (equation 10 of the paper), in the merging blocks. None:
             as it is there already, or none. True: a new KeyRefinement where there is none. A dict: its arguments, for a new
             one. A module: that one, or for several layers a dict from layer to module. False: taken away.
         proportional_attention: a token that stands for several counts as several in later attention (adds log size to the

@@ -120,7 +120,7 @@ def attention(q, k, v, size=None):
 
 
 def merge(x, key, size, prefix, refinement, similarity="cosine"):
-    """Section 3.2 of the paper, one image at a time; hard in the forward, soft in the backward."""
+    """Section 4.2 of the paper, one image at a time; hard in the forward, soft in the backward."""
     tokens, sizes = [], []
     cells = [(r, c) for r in range(GRID) for c in range(GRID)]
     a = [prefix + i for i, (r, c) in enumerate(cells) if (r + c) % 2 == 0]
