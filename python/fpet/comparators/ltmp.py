@@ -1,7 +1,9 @@
 """LTMP, learned thresholds for merging and pruning (Bonnaerens and Dambre, TMLR 2023): it learns how many tokens to keep.
 
-In every block, between attention and MLP: of the patches that are left every second one is a source; a source whose key is
-more similar to that of its best destination than θ_merge is merged into it; then patches less important than θ_prune go.
+In every block, between attention and MLP: of the tokens that are left, the class token being number 0, those with even numbers
+are sources; a source whose key is more similar to that of its best destination than θ_merge is merged into it, and a merged
+token is as important as its most important part; then patches less important than θ_prune go. Sources that are left come
+before the destinations. Numbers, order and importance are those of the published code in evaluation.
 Importance is the attention that a token gets, relative to the mean over the tokens that are left, so that θ_prune and
 AdamW's steps have one scale for all numbers of tokens (the paper's is not relative).
 
@@ -53,13 +55,17 @@ class Thresholds(PETModule):
         batch, n, _ = x.shape
         size, there = state.unbind(-1)
         present = there > 0
-        gone, choice = self._merge(key.detach(), present, prefix)
+        source, destination = _sides(present, prefix)
+        gone, choice = self._merge(key.detach(), source, destination)
         moved = torch.zeros_like(size).scatter_add(1, choice, size * gone)
         weight = torch.where(present, size, 1.0)  # what is not there keeps its value: nobody sees it
         sums = torch.zeros_like(x).scatter_add(1, choice[:, :, None].expand_as(x), (size * gone)[:, :, None].to(x.dtype) * x)
         tokens = (weight[:, :, None].to(x.dtype) * x + sums) / (weight + moved)[:, :, None].to(x.dtype)
 
-        kept = _mask(importance.detach() - self.prune)
+        # A merged token is as important as the most important of its parts.
+        importance = importance.detach()
+        importance = importance.scatter_reduce(1, choice, importance * (gone > 0), "amax")
+        kept = _mask(importance - self.prune)
         if not prefix:  # somebody has to be left
             standing = importance.masked_fill(~present | (gone > 0), -torch.inf)
             kept = torch.where(standing == standing.amax(1, keepdim=True), 1.0, kept)
@@ -69,27 +75,35 @@ class Thresholds(PETModule):
         match = torch.where(gone > 0, choice, torch.arange(n, device=x.device).expand(batch, n))
         left = state[:, :, 1] > 0
         match = torch.where(present & left.gather(1, match), match, -1)
-        if self.training:
-            return Merged(tokens, state, match)
-        order = torch.argsort(~left, dim=1, stable=True)[:, : int(left.sum(1).max())]
-        place = (left.cumsum(1) - 1).gather(1, match.clamp(min=0))
+        # The order that the next block counts in: prefix, sources, destinations; at the end what was not there before.
+        side = torch.where(source, 1, torch.where(destination, 2, 3))
+        side[:, :prefix] = 0
+        order = torch.argsort(side, dim=1, stable=True)
+        place, left = torch.argsort(order, dim=1), left.gather(1, order)
+        if not self.training:
+            first = torch.argsort(~left, dim=1, stable=True)[:, : int(left.sum(1).max())]
+            place, order = (left.cumsum(1) - 1).gather(1, place), order.gather(1, first)
         rows = torch.arange(batch, device=x.device)[:, None]
-        return Merged(tokens[rows, order], state[rows, order], torch.where(match < 0, match, place))
+        match = torch.where(match < 0, match, place.gather(1, match.clamp(min=0)))
+        return Merged(tokens[rows, order], state[rows, order], match)
 
-    def _merge(self, key: Tensor, present: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    def _merge(self, key: Tensor, source: Tensor, destination: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N): 1 for the sources that are merged, with the gradient of θ; and their destinations."""
-        rank = present[:, prefix:].cumsum(1)  # 1 for the first patch that is left
-        patches, even = present[:, prefix:], rank % 2 == 0
-        source, destination = patches & ~even, patches & even
-        unit = F.normalize(key.mean(1)[:, prefix:].float(), dim=-1)
+        unit = F.normalize(key.mean(1).float(), dim=-1)
         score = (unit @ unit.transpose(1, 2)).masked_fill(~destination[:, None, :], -torch.inf)
         best, choice = score.max(-1)
         able = source & (best > -torch.inf)
-        gone = torch.where(able, _mask(best.masked_fill(~able, 0.0) - self.merge), 0.0)
-        return F.pad(gone, (prefix, 0)), F.pad(choice + prefix, (prefix, 0))
+        return torch.where(able, _mask(best.masked_fill(~able, 0.0) - self.merge), 0.0), choice
 
     def extra_repr(self) -> str:
         return f"merge={self.merge.item():.3f}, prune={self.prune.item():.3f}"
+
+
+def _sides(present: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """(B, N) each: the sources and the destinations among the patches that are there, numbered behind the prefix, as ToMe's."""
+    number = prefix - 1 + present[:, prefix:].cumsum(1)
+    source, destination = (present[:, prefix:] & (number % 2 == side) for side in (0, 1))
+    return F.pad(source, (prefix, 0)), F.pad(destination, (prefix, 0))
 
 
 def _mask(difference: Tensor) -> Tensor:
