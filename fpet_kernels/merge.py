@@ -268,7 +268,9 @@ def _resolve_split(
         height, width = grid_size  # type: ignore[misc]
     except (TypeError, ValueError):
         raise ValueError(f"grid_size: expected (H, W), got {grid_size!r}") from None
-    if not (type(height) is type(width) is int and height > 0 and width > 0):  # the usual case, at once
+    # The usual case, at once. isinstance, as Dynamo can't compare the types of values that it was told are constant.
+    usual = isinstance(height, int) and isinstance(width, int) and height > 1 and width > 1
+    if not usual:
         height, width = check_sides(height=height, width=width)
     if height * width < 4:
         raise ValueError(f"grid_size: {height}×{width} has fewer than two destinations; expected at least 4 patches")

@@ -121,11 +121,11 @@ def _partition(
 
 def as_integer(value: Any) -> int | torch.SymInt | None:
     """``value`` where it is an integer, NumPy's included; else None."""
-    if type(value) is int or isinstance(value, torch.SymInt):
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | torch.SymInt):
         return value
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)
-    return None
+    return int(value) if isinstance(value, numbers.Integral) else None
 
 
 def check_sides(**sides: Any) -> tuple[Any, ...]:
