@@ -51,6 +51,14 @@ def own_images(namespace: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def flowers(namespace: dict[str, Any]) -> dict[str, Any]:
+    """The run of :func:`own_images` under another name, and a picture."""
+    own_images(namespace)
+    Path("runs/photos").rename("runs/flowers")
+    Path("new/1.jpg").rename("rose.jpg")
+    return {}
+
+
 def exported(namespace: dict[str, Any]) -> dict[str, Any]:
     """Files of all formats."""
     model = fpet.apply(timm.create_model("test_vit", num_classes=3).eval(), layer=2)
@@ -77,6 +85,7 @@ def step(namespace: dict[str, Any]) -> dict[str, Any]:
 
 GIVEN: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "README.md": lambda _: {"x": torch.randn(2, 197, 768), "key": torch.randn(2, 197, 64)},
+    "docs/adapters.md": flowers,
     "docs/deploy.md": exported,
     "docs/models.md": lambda _: {"images": torch.rand(1, 3, 224, 224)},
     "docs/own_images.md": own_images,
