@@ -258,8 +258,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", help=f"comma-separated; default {listed(DEFAULT_BATCHES)}, the full set is {listed(BATCHES)}")
     add("--mode", help=f"comma-separated from {', '.join((*MODES, BACKWARD))}; default the first two on the CPU, all on a GPU")
     add("--backends", help="comma-separated; default: every fused one that runs on the device, and the reference")
-    add("--baselines", default=listed(FORMULATIONS),
-        help=f"of PyTorch, comma-separated from {listed(FORMULATIONS)} (default: all), or none")  # fmt: skip
+    add(
+        "--baselines",
+        default=listed(FORMULATIONS),
+        help=f"of PyTorch, comma-separated from {listed(FORMULATIONS)} (default: all), or none",
+    )
     add("--timing", help=f"comma-separated from {listed(TIMINGS)}; default both on a GPU, plain on the CPU")
     add("--key", choices=("heads", "averaged"), default="heads",
         help="heads (default): (B, heads, N, C) in place in the qkv buffer; averaged: (B, N, C)")  # fmt: skip
@@ -313,8 +316,11 @@ def choose_backends(asked: str | None, device: torch.device) -> tuple[list[str],
     # On the CPU, Triton only has its interpreter: a debugging tool, never measured unless asked for by name.
     fused = [n for n in backends.ORDER if n not in (REFERENCE, "cpu") and device.type != "cpu"]
     names = [n for n in fused if backends.refuses(n, probe) is None]
-    complaints += [f"not in this run: {n}: {backends.refuses(n, probe)}. Fix: {backends.status(n).fix or '–'}"
-                   for n in fused if n not in names]  # fmt: skip
+    complaints += [
+        f"not in this run: {n}: {backends.refuses(n, probe)}. Fix: {backends.status(n).fix or '–'}"
+        for n in fused
+        if n not in names
+    ]
     if not names:
         complaints.append(f"!! No fused backend runs on {device}; what follows is plain PyTorch:\n{fpet_kernels.explain()}")
     return [*names, REFERENCE], complaints

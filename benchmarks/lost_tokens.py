@@ -55,8 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     case = cases.CASES[options.case]
     model = cases.seeded_vit(case)
     sources = case.split.a.numel()
-    print(f"{case.model} (seeded random weights), block {case.layer}, {sources} source tokens, backend "
-          f"{fpet_kernels.backends.select(torch.empty(1, 1, 1), None)!r}")  # fmt: skip
+    print(
+        f"{case.model} (seeded random weights), block {case.layer}, {sources} source tokens, backend "
+        f"{fpet_kernels.backends.select(torch.empty(1, 1, 1), None)!r}"
+    )
     print(f"{'image':<12}{'keys and scores':<18}{'lost by σ(s − m) > 0.5':>24}{'lost by bdm_merge':>20}")
     broken = 0
     for name, image in images(case.image_size).items():

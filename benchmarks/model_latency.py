@@ -160,9 +160,11 @@ class Bench(run.Bench):
                     calls[f"merging, {name}, {execution}"] = merging
                 calls[f"{name}, {execution}"] = self.clocked(f"{name}, {execution}", call)
                 facts[name, execution] = {
-                    "gflops_per_image": count / 1e9, "trained_parameters": trained, "tokens": tokens,
+                    "gflops_per_image": count / 1e9,
+                    "trained_parameters": trained,
+                    "tokens": tokens,
                     "peak_extra_mb": None if peak is None else peak / 1e6,
-                }  # fmt: skip
+                }
             self.bar.update(1)
         if not facts:
             return []

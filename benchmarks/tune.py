@@ -92,9 +92,12 @@ def slots(frozen: configs.Architecture, batch: int) -> Iterator[Slot]:
 
     refined, plain = case("ViT-B/16, refined", (14, 14), BF16, True), case("ViT-B/16", (14, 14), BF16, False)
     for problem, size in (
-        (refined, 128), (plain, 128), (case("float32 x, refined", (14, 14), F32, True), 128),
-        (case("352 pixels, refined", (22, 22), BF16, True), 256), (case("352 pixels", (22, 22), BF16, False), 256),
-    ):  # fmt: skip
+        (refined, 128),
+        (plain, 128),
+        (case("float32 x, refined", (14, 14), F32, True), 128),
+        (case("352 pixels, refined", (22, 22), BF16, True), 256),
+        (case("352 pixels", (22, 22), BF16, False), 256),
+    ):
         key = (problem.x.itemsize, not problem.hidden, size)
         tried = dict.fromkeys(
             (*((c,) if (c := frozen.forward.get(key)) else ()), *(configs.Short(*s) for s in SHORT_CANDIDATES))
@@ -106,10 +109,13 @@ def slots(frozen: configs.Architecture, batch: int) -> Iterator[Slot]:
     long = case("ViT-L at 1024, refined", (64, 64), BF16, True, dim=1024, images=4)
     rows = (frozen.tiles.rows, *(r for r in (16, 32, 64) if r != frozen.tiles.rows))
     yield Slot(
-        "tiles.rows", long, True, True,
+        "tiles.rows",
+        long,
+        True,
+        True,
         ("prepare_keys", "prepare_backward", "refined_gradient", "weight_partials"),
         {f"tiles: rows={r}": replace(frozen, tiles=replace(frozen.tiles, rows=r)) for r in rows},
-    )  # fmt: skip
+    )
     t = frozen.tiles
     tiles = dict.fromkeys(
         (t, *(replace(t, block_a=a, block_b=b, block_d=d, warps=w, stages=s) for a, b, d, w, s in TILE_CANDIDATES))
@@ -373,8 +379,10 @@ def lines_of(slot: Slot, found: list[Candidate], gpu: Gpu) -> list[str]:
     def figure(seconds: float) -> str:
         return "       –         " if math.isnan(seconds) else f"{seconds * 1e6:8.1f} µs {seconds / floor:5.2f} ×"
 
-    out = [f"{slot.name} · {slot.case.name}, batch {slot.case.batch} · floor {floor * 1e6:.1f} µs",
-           f"    {'predicted':>17}  {'measured':>17}  registers  shared  programs on one multiprocessor"]  # fmt: skip
+    out = [
+        f"{slot.name} · {slot.case.name}, batch {slot.case.batch} · floor {floor * 1e6:.1f} µs",
+        f"    {'predicted':>17}  {'measured':>17}  registers  shared  programs on one multiprocessor",
+    ]
     order = sorted(found, key=lambda c: (bool(c.refused), math.isnan(c.measured), c.measured, c.predicted))
     for c in order:
         if c.refused:

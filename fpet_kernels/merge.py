@@ -23,6 +23,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class KeyRefinement(NamedTuple):
     """The tiny adapter that learns the matching: ``scale · (ReLU(key W_downᵀ) ⊙ dropout_mask) W_upᵀ`` is added to the key.
 
+    Equation 10. Plain tensors for one call; ``fpet.KeyRefinement`` is the module that holds such weights.
+
     Attributes:
         w_down: (h, C), any floating dtype. w_up: (C, h), the same dtype. Both without bias.
         scale: a number.

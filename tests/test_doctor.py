@@ -112,9 +112,12 @@ def test_the_build_record_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_what_the_library_says_of_itself_is_shown_and_may_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {
-        "compiler": "GCC 99", "flags": ["-O3", "-fvery-fast"], "cxx_standard": 202002, "cpu_isas_compiled": ["avx9", "old"],
+        "compiler": "GCC 99",
+        "flags": ["-O3", "-fvery-fast"],
+        "cxx_standard": 202002,
+        "cpu_isas_compiled": ["avx9", "old"],
         "cpu_isa_in_use": "avx9",
-    }  # fmt: skip
+    }
     monkeypatch.setattr(backends, "cpu_facts", lambda: facts)
     text = doctor.render(doctor.report())
     assert "GCC 99, C++ 202002, -O3 -fvery-fast" in text
@@ -137,9 +140,11 @@ def test_the_cuda_kernels_are_listed_by_device() -> None:
     }  # fmt: skip
     facts = doctor.report()
     facts["cuda"]["library"] = {
-        "nvcc": "13.0.88", "architectures": "80-real 90a", "runtime": 13020,
+        "nvcc": "13.0.88",
+        "architectures": "80-real 90a",
+        "runtime": 13020,
         "devices": {"cuda:0": {"kernels": [kernel, {**kernel, "error": "no kernel image"}]}, "cuda:1": {"error": "no driver"}},
-    }  # fmt: skip
+    }
     text = doctor.render(facts)
     assert "nvcc 13.0.88, runtime 13.2, architectures 80-real 90a" in text
     assert (

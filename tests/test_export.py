@@ -110,8 +110,10 @@ def test_runs_without_this_package(kind, tmp_path):
             )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", WITHOUT, backends.library_path(), tmp_path / "data.pt", kind, path],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
 
 

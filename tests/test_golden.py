@@ -14,8 +14,10 @@ from support import DTYPES, Problem, assert_close, assert_near_ties_only, decisi
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 OUTPUTS = {"tokens": "out", "size": "size_out", "match": "match", "grad_x": "grad_x", "grad_size": "grad_size"} | {
-    "grad_w_down": "grad_w_down", "grad_w_up": "grad_w_up", "grad_key_delta": "grad_key_refined",
-}  # fmt: skip
+    "grad_w_down": "grad_w_down",
+    "grad_w_up": "grad_w_up",
+    "grad_key_delta": "grad_key_refined",
+}
 
 
 def load(path: Path, device: str, dtype: torch.dtype) -> tuple[Problem, dict[str, torch.Tensor]]:

@@ -161,6 +161,9 @@ def test_make_runs_the_plan():
     for target in gpu_plan.TARGETS:
         done = subprocess.run(
             ["make", "-n", f"gpu-{target}", f"FPET_PYTHON={sys.executable}", "OUT=/there", "MINUTES=4"],
-            cwd=ROOT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert f"benchmarks/gpu_plan.py {target} --minutes 4 --out /there" in done.stdout, done.stderr

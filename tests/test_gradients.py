@@ -27,7 +27,7 @@ from support import (
     run,
     soft_match,
     surrogate,
-)  # fmt: skip
+)
 
 SIMILARITY = pytest.mark.parametrize("similarity", ["cosine", "dot"])
 WANTED = [names for r in range(1, 7) for names in itertools.combinations(LEAVES, r)]

@@ -20,9 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {f"torch-stable-abi210-cpu-{platform.machine().lower()}-linux", "torch-cpu", "torch-cuda", "torch-rocm"}
 
 pytestmark = pytest.mark.skipif(
-    not (ROOT / "tools" / "hub.py").is_file() or not (ROOT / native.build_record().get("folder", "-")).is_dir() or shutil.which("cmake") is None,
+    not (ROOT / "tools" / "hub.py").is_file()
+    or not (ROOT / native.build_record().get("folder", "-")).is_dir()
+    or shutil.which("cmake") is None,
     reason="no source tree with a compiled library, or no cmake",
-)  # fmt: skip
+)
 
 BY_KERNELS = """
 from kernels import get_local_kernel

@@ -96,7 +96,10 @@ def test_poisoned_heap(byte, fused, device, max_tokens):
     if device != "cpu" or max_tokens < 100:
         pytest.skip("the heap belongs to the CPU's kernels")
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, fused], capture_output=True, text=True, cwd=Path(__file__).parent,
+        [sys.executable, "-c", SCRIPT, fused],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
         env={**os.environ, "MALLOC_PERTURB_": str(byte)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr

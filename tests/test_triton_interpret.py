@@ -29,7 +29,7 @@ from support import (
     reference_op,
     run,
     sweep,
-)  # fmt: skip
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REFUSED = backends.refuses("triton", torch.empty(1, 1, 1, device=DEVICE))
@@ -238,9 +238,12 @@ def test_mixed_types(long, request):
         request.getfixturevalue("tiled")
     problem = full_problem()
     problem = replace(
-        problem, key=problem.key.bfloat16(), size=problem.size.half(), key_delta=problem.key_delta.bfloat16(),
+        problem,
+        key=problem.key.bfloat16(),
+        size=problem.size.half(),
+        key_delta=problem.key_delta.bfloat16(),
         dropout_mask=problem.dropout_mask > 0,
-    )  # fmt: skip
+    )
     got = run(on(problem), "triton", ("x", "size", "w_down", "w_up", "key_delta"))
     _, second = reference_op(on(problem))[2:4]
     want = exact(on(replace(problem, dropout_mask=problem.dropout_mask.float())), got["match"], second, ("x", "size", "w_down", "w_up", "key_delta"))  # fmt: skip

@@ -60,9 +60,12 @@ def table(group: list[Row]) -> str:
     lines.append("  " + " " * width + "".join(f"{h:>{max(10, len(h) + 2)}}" for h in headings))
     for name, r in zip(names, group, strict=True):
         cells = [
-            number(r["ms_per_image"]), *(number(r.get(f"speedup_over_{b}")) for b in BASELINES),
-            number(r["gb_per_s"]), f"{100 * r['share_of_copy']:.0f} %", number(r["peak_extra_mb"]),
-        ]  # fmt: skip
+            number(r["ms_per_image"]),
+            *(number(r.get(f"speedup_over_{b}")) for b in BASELINES),
+            number(r["gb_per_s"]),
+            f"{100 * r['share_of_copy']:.0f} %",
+            number(r["peak_extra_mb"]),
+        ]
         if headings is not HEADINGS:
             cells.insert(0, number(1 / r["share_of_copy"]))
         lost = f"   loses {r['lost_tokens']} tokens in {r['of_images']} images" if r["lost_tokens"] else ""

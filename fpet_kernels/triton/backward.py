@@ -531,8 +531,9 @@ def reduce_partials(
         piece = start + tl.arange(0, BP)
         part = tl.load(
             p_sums + piece.to(tl.int64)[:, None] * elements + at[None, :],
-            mask=(piece < pieces)[:, None] & mask[None, :], other=0.0,
-        )  # fmt: skip
+            mask=(piece < pieces)[:, None] & mask[None, :],
+            other=0.0,
+        )
         total += tl.sum(part, axis=0)
     is_down = at < channels * hidden
     c, h = at // hidden % channels, at % hidden

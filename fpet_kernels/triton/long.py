@@ -277,9 +277,11 @@ def merge_lists(
         x = wide(
             tl.load(
                 p_x + tokens[:, None] * stride_x_n + d.to(tl.int64)[None, :] * stride_x_d,
-                mask=t_mask[:, None] & d_mask[None, :], other=0.0,
-            ), DOUBLE,
-        )  # fmt: skip
+                mask=t_mask[:, None] & d_mask[None, :],
+                other=0.0,
+            ),
+            DOUBLE,
+        )
         if SIZED:
             sizes = wide(tl.load(p_size + tokens * stride_size_n, mask=t_mask, other=0.0), DOUBLE)
         else:

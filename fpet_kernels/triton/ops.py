@@ -312,9 +312,10 @@ def _forward_long(q: _Problem, t: dict[str, Tensor]) -> None:
         t["scores"] = q.new(x, 2, q.batch, parts, q.num_a) if several else t["mid"]
         t["columns"] = q.new(x, *((2, q.batch, parts, q.num_a) if several else (1,)), dtype=torch.int32)
         q.launch(
-            long.match_tiles, t,
+            long.match_tiles,
+            t,
             lambda: q.tiled(q.batch * blocks * parts, parts=parts, steps=steps, BA=tiles.block_a, BB=tiles.block_b),
-        )  # fmt: skip
+        )
         if several:
             q.launch(long.join_matches, t, lambda: ((q.batch * _cdiv(q.num_a, 128),), {"parts": parts, "BA": 128}, 4, 1))
     match = t["match"]
@@ -387,9 +388,10 @@ def _launch_backward(
             grad.zero_()
         return outputs
     q = _remembered(
-        (x, *inputs[1:], split_a, split_b, grad_tokens, grad_size, *saved), (*problem[2:], needs),
+        (x, *inputs[1:], split_a, split_b, grad_tokens, grad_size, *saved),
+        (*problem[2:], needs),
         lambda: _Gradient(inputs, problem, needs, grad_tokens, grad_size, tokens),
-    )  # fmt: skip
+    )
     if q.num_a == 0:  # no source: nothing reaches a key
         for grad in outputs[1:]:
             grad.zero_()

@@ -48,9 +48,11 @@ class Multiprocessor:
 
 
 MULTIPROCESSORS = {
-    "sm80": Multiprocessor(65_536, 2_048, 32, 167_936, 1_024), "sm90": Multiprocessor(65_536, 2_048, 32, 233_472, 1_024),
-    "sm100": Multiprocessor(65_536, 2_048, 32, 233_472, 1_024), "gfx942": Multiprocessor(131_072, 2_048, 32, 65_536, 0),
-}  # fmt: skip
+    "sm80": Multiprocessor(65_536, 2_048, 32, 167_936, 1_024),
+    "sm90": Multiprocessor(65_536, 2_048, 32, 233_472, 1_024),
+    "sm100": Multiprocessor(65_536, 2_048, 32, 233_472, 1_024),
+    "gfx942": Multiprocessor(131_072, 2_048, 32, 65_536, 0),
+}
 
 
 @dataclass(frozen=True)

@@ -167,8 +167,9 @@ def merge_short(
                 token_a = source_token(i, a_mask, p_split_a, prefix, width, LISTED)
                 x_a = tl.load(
                     p_x + token_a[:, None] * stride_x_n + d[None, :] * stride_x_d,
-                    mask=a_mask[:, None] & d_mask[None, :], other=0.0,
-                )  # fmt: skip
+                    mask=a_mask[:, None] & d_mask[None, :],
+                    other=0.0,
+                )
                 match = tl.load(p_own_match + i, mask=a_mask, other=-1)
                 size_a = _row_sizes(p_size, stride_size_n, token_a, a_mask, SIZED)
                 total = _gather_sources(match[None, :] == j[:, None], x_a, size_a, total, SIZED, PARTS)

@@ -114,9 +114,12 @@ class MultiTask(nn.Module):
                 raise ValueError(f"tasks: {first!r} and {name!r} merge differently: {configs[first]}, {config}")
         config = configs[first]
         apply(
-            self.model, config.layers, proportional_attention=config.proportional_attention or False,
-            similarity=config.similarity, backend=backend,
-        )  # fmt: skip
+            self.model,
+            config.layers,
+            proportional_attention=config.proportional_attention or False,
+            similarity=config.similarity,
+            backend=backend,
+        )
         for i in config.layers:
             refinements = [getattr(twin.blocks[i], "refinement", None) for twin in tuned.values()]
             block: Any = transformer_blocks(self.model)[i]

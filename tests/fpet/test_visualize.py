@@ -94,10 +94,12 @@ def test_map_and_report_follow_every_match(family: str, layers: tuple[int, ...],
     pairs = []
     for (key, split, match), merge in zip(merges, report["merges"], strict=True):
         key = key[0].double().mean(0)
-        here = torch.stack([
-            torch.cosine_similarity(key[a + prefix], key[split.b[m - prefix] + prefix], dim=0)
-            for a, m in zip(split.a.tolist(), match[0].tolist(), strict=True)
-        ])  # fmt: skip
+        here = torch.stack(
+            [
+                torch.cosine_similarity(key[a + prefix], key[split.b[m - prefix] + prefix], dim=0)
+                for a, m in zip(split.a.tolist(), match[0].tolist(), strict=True)
+            ]
+        )
         others = [torch.cosine_similarity(key[a + prefix], key[b + prefix], dim=0) for a in split.a for b in split.b]
         assert (merge["tokens"], merge["left"]) == (key.shape[0], prefix + split.b.numel())
         assert merge["mean_similarity"] == pytest.approx(here.mean().item(), abs=1e-5)

@@ -91,7 +91,7 @@ COPY = "mov.b32 %r5, global_smem; cp.async.ca.shared.global [%r3], [%rd1], 0x4; 
         ("ld.shared.b32 %r4, [%r3];", "read of what nothing wrote"),
         ("ld.global.b32 %r4, [%rd1 + 256];", "read outside of any tensor"),
     ],
-)  # fmt: skip
+)
 def test_findings(body, what):
     notes = found(body)
     assert (not notes) if what is None else any(what in note for note in notes), notes

@@ -54,7 +54,7 @@ class AdapterConfig:
                 raise ValueError(f"{name}: the method {method!r} has none, got {value!r}")
         values: dict[str, Any] = {
             name: getattr(known.defaults, name) if value is None else value for name, value in given.items()
-        }  # fmt: skip
+        }
         return cls(method, **values).checked("hidden_dim" in known.takes)
 
     def checked(self, has_hidden_dim: bool) -> AdapterConfig:

@@ -164,9 +164,11 @@ def apply_reduction(
     ):
         raise TypeError("model: LTMP takes timm's ordinary blocks, and pooling by class token, average or attention")
     old = getattr(inner, "fpet_reduction", None)
-    learned = [
-        {slot: module for slot in _SLOTS if (module := getattr(block, slot, None)) is not None} for block in inner.blocks
-    ] if old is not None and old.name == name else [{} for _ in inner.blocks]  # fmt: skip
+    learned = (
+        [{slot: module for slot in _SLOTS if (module := getattr(block, slot, None)) is not None} for block in inner.blocks]
+        if old is not None and old.name == name
+        else [{} for _ in inner.blocks]
+    )
     if name == "ltmp" and target is None:
         n, prefix = inner.patch_embed.num_patches + inner.num_prefix_tokens, inner.num_prefix_tokens
         target = target_ratio(depth, layer, n, prefix, inner.embed_dim)

@@ -102,9 +102,12 @@ def batches(
     # A generator of its own: the loader would otherwise draw its workers' seed from the global one, which training uses.
     source: Any = dataset
     loader: Any = DataLoader(
-        source, batch_sampler=[list(chosen) for chosen in indices], num_workers=workers, pin_memory=pinned,
+        source,
+        batch_sampler=[list(chosen) for chosen in indices],
+        num_workers=workers,
+        pin_memory=pinned,
         generator=torch.Generator(),
-    )  # fmt: skip
+    )
     reader = iter(loader)
     while True:
         try:

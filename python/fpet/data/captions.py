@@ -60,9 +60,7 @@ def draw_pair(what: int, generator: Generator, size: int = 32, background: float
     return DrawnPair(image, tuple(template.format(*names) for template in _TEMPLATES[vertical]))
 
 
-def write_folder(
-    root: str | Path, sizes: dict[str, int], *, seed: int = 0, size: int = 32, background: float = 0.1
-) -> Path:  # fmt: skip
+def write_folder(root: str | Path, sizes: dict[str, int], *, seed: int = 0, size: int = 32, background: float = 0.1) -> Path:
     """Writes ``sizes`` images per split, no two of which show the same, with captions, as Flickr30K comes. Returns ``root``.
 
     Raises:

@@ -132,9 +132,11 @@ def _torchvision(task: str, place: str, transforms: Transforms, options: DataOpt
         train, seen, test = (
             part(name, transform)
             for name, transform in (
-                ("train", transforms.training), ("train", transforms.evaluation), ("test", transforms.evaluation)
+                ("train", transforms.training),
+                ("train", transforms.evaluation),
+                ("test", transforms.evaluation),
             )
-        )  # fmt: skip
+        )
     except RuntimeError as error:
         raise FileNotFoundError(f"data_dir: expected torchvision's files of {task} in {place}: {error}") from error
     names = tuple(train.classes) if task == "cifar100" else tuple(map(str, range(10)))
@@ -173,8 +175,11 @@ def _check_fgvc(task: str | None, place: str, options: DataOptions) -> dict[str,
 
 FAMILIES: Mapping[str, Family] = {
     "shapes": Family(
-        "drawn shapes, made on the spot", _shapes, _check_by_loading("shapes"),
-        tuple(name for name in SHAPE_TASKS if name != "kind"), "",
+        "drawn shapes, made on the spot",
+        _shapes,
+        _check_by_loading("shapes"),
+        tuple(name for name in SHAPE_TASKS if name != "kind"),
+        "",
     ),
     "folder": Family("images of your own, a folder per class", *_by_class(folder)),
     "csv": Family("images of your own, listed in a CSV file", *_by_class(table), place="file"),
@@ -182,4 +187,4 @@ FAMILIES: Mapping[str, Family] = {
     "vtab1k": Family("VTAB-1K in NOAH's folders", _vtab, _check_vtab, tuple(lists.VTAB_TASKS)),
     "torchvision": Family("CIFAR-100 and SVHN", _torchvision, _check_by_loading("torchvision"), ("cifar100", "svhn")),
     "fgvc": Family("the five FGVC few-shot tasks", _fgvc, _check_fgvc, tuple(lists.FGVC_TASKS)),
-}  # fmt: skip
+}

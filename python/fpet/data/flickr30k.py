@@ -38,7 +38,7 @@ class ImageTextSplit:
 
     def __init__(
         self, files: list[Path], captions: list[str], image_of: list[int], transform: Callable[[Image.Image], Tensor]
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.files, self.captions, self.image_of, self.transform = files, captions, image_of, transform
 
     def __len__(self) -> int:

@@ -105,7 +105,7 @@ def _images(root: Path) -> list[Path]:
             Path(where, name)
             for name in sorted(files)
             if not name.startswith(".") and Path(name).suffix.lower() in _extensions()
-        ]  # fmt: skip
+        ]
     return found
 
 

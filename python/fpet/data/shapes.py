@@ -75,9 +75,11 @@ def _integers(high: int, *shape: int, generator: Generator) -> Tensor:
 def _random_objects(center: Tensor, low: float, high: float, generator: Generator, kinds: int = len(KINDS)) -> Shapes:
     shape = center.shape[:2]
     return Shapes(
-        center, _uniform(low, high, *shape, generator=generator), _uniform(0, 2 * math.pi, *shape, generator=generator),
+        center,
+        _uniform(low, high, *shape, generator=generator),
+        _uniform(0, 2 * math.pi, *shape, generator=generator),
         _integers(kinds, *shape, generator=generator),
-    )  # fmt: skip
+    )
 
 
 def _count(n: int, g: Generator) -> tuple[Shapes, Tensor]:
@@ -122,9 +124,12 @@ def _kind(n: int, g: Generator) -> tuple[Shapes, Tensor]:
 
 
 SHAPE_TASKS: dict[str, tuple[Callable[[int, Generator], tuple[Shapes, Tensor]], int]] = {
-    "count": (_count, 6), "distance": (_distance, 4), "location": (_location, 16), "orientation": (_orientation, 8),
+    "count": (_count, 6),
+    "distance": (_distance, 4),
+    "location": (_location, 16),
+    "orientation": (_orientation, 8),
     "kind": (_kind, len(KINDS)),
-}  # fmt: skip
+}
 """Generator and number of classes, by name."""
 
 

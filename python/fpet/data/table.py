@@ -69,9 +69,7 @@ def read(place: str | Path, multi_label: bool = False) -> FoundImages:
 def _columns(path: Path, headings: Sequence[str]) -> dict[str, str]:
     """The heading of every column that is there, by what it holds."""
     named = {heading.strip().lower(): heading for heading in headings if heading}
-    found = {
-        kind: named[name] for kind, names in COLUMNS.items() for name in reversed(names) if name in named
-    }  # fmt: skip
+    found = {kind: named[name] for kind, names in COLUMNS.items() for name in reversed(names) if name in named}
     for kind in ("path", "label"):
         if kind not in found:
             raise ValueError(

@@ -113,12 +113,14 @@ def export(
             eager_ms, exported_ms = _latencies((eager, run), images[:1])
             found = Exported(path, beside, error, agreement, folded, eager_ms, exported_ms)
             told = {
-                **(metadata or {}), "format": format,
+                **(metadata or {}),
+                "format": format,
                 "input": {"shape": ["batch", *images.shape[1:]], "dtype": str(images.dtype).removeprefix("torch.")},
                 "checked": {"images": len(images), "largest_relative_error": error, "same_class": agreement},
                 "latency_ms": {"eager": eager_ms, "exported": exported_ms, "threads": torch.get_num_threads()},
-                "folded": folded, "torch": torch.__version__,
-            }  # fmt: skip
+                "folded": folded,
+                "torch": torch.__version__,
+            }
             described = Path(folder) / beside.name
             described.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             os.replace(described, beside)
@@ -214,7 +216,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     told = "; ".join(f"{name}: {what}" for name, (_, what) in FORMATS.items())
     parser.add_argument("--format", choices=tuple(FORMATS), default="torch", help=f"{told} (default: %(default)s)")
     parser.add_argument("--out", metavar="FILE", help="default: in the run's folder, named after the format")
-    parser.add_argument("--images", nargs="+", metavar="IMAGE|FOLDER", help="images to compare on (default: the run's test images)")  # fmt: skip  # noqa: E501
+    parser.add_argument(
+        "--images", nargs="+", metavar="IMAGE|FOLDER", help="images to compare on (default: the run's test images)"
+    )
     parser.add_argument("--count", type=int, default=16, help="how many of them (default: %(default)s)")
     parser.add_argument("--weights", help="file of the backbone's weights, where it is not where the run found it")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")

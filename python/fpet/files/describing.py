@@ -85,10 +85,11 @@ def short_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {
         name: hashlib.blake2b(
             t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(),  # type: ignore[arg-type]
-            key=f"{dtype_name(t.dtype)} {tuple(t.shape)}".encode()[:64], digest_size=4,
+            key=f"{dtype_name(t.dtype)} {tuple(t.shape)}".encode()[:64],
+            digest_size=4,
         ).hexdigest()
         for name, t in tensors.items()
-    }  # fmt: skip
+    }
 
 
 def first_difference(theirs: Mapping[str, Any], ours: Description, tensors: Mapping[str, str]) -> str:

@@ -100,7 +100,7 @@ def import_authors(model: nn.Module, stem: str | os.PathLike[str]) -> nn.Module:
         values, _ = _take_packed(data, layers, binary)
     wanted: dict[str, Tensor] = {
         name: p for name, p in model.named_parameters() if roles[name] != "backbone" and name not in values
-    }  # fmt: skip
+    }
     if wanted:
         values |= unpacked(wanted, _read_pth(state), {}, state)
     _check_finite(values, stem)

@@ -82,8 +82,9 @@ def save(
     if extra and len(extra) == sum(role == "backbone" for role in roles.values()):
         warnings.warn(
             "model: its whole backbone has requires_grad, so the file holds all of it; call fpet.freeze before training",
-            UserWarning, stacklevel=2,
-        )  # fmt: skip
+            UserWarning,
+            stacklevel=2,
+        )
     num_classes = _num_classes(model)
     names = None if class_names is None else [str(name) for name in class_names]
     if names is not None and len(names) != num_classes:
@@ -99,14 +100,16 @@ def save(
         "class_names": names,
         "preprocessing": dict(preprocessing) if preprocessing is not None else description.preprocessing,
         "backbone": {
-            **description.backbone(), "sha256": digest_of(frozen), "tensors": short_digests(frozen),
+            **description.backbone(),
+            "sha256": digest_of(frozen),
+            "tensors": short_digests(frozen),
         },
         "extra": extra,
         "packed": packed,
         "metadata": _checked_metadata(metadata),
         "registered_by": _registered_by(model, config),
         "tensors_sha256": digest_of(tensors),
-    }  # fmt: skip
+    }
     _rehearse(model, header, config, trained)
     write_atomically(Path(path), safetensors_bytes(tensors, metadata={"fpet": json.dumps(header)}))
 
@@ -166,7 +169,7 @@ def tuned_tensors(model: nn.Module) -> dict[str, Tensor]:
     roles = _roles(model)
     found: dict[str, Tensor] = {
         name: p for name, p in named_parameters(model).items() if roles[name] != "backbone" or p.requires_grad
-    }  # fmt: skip
+    }
     return found | running_statistics(model)
 
 
@@ -212,13 +215,11 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
     return {name: b for name, b in _kept_buffers(model).items() if name.rpartition(".")[2] in names}
 
 
-def _frozen(
-    model: nn.Module, method: str | None, extra: frozenset[str], statistics: Iterable[str]
-) -> dict[str, Tensor]:  # fmt: skip
+def _frozen(model: nn.Module, method: str | None, extra: frozenset[str], statistics: Iterable[str]) -> dict[str, Tensor]:
     roles = _roles(model, method)
     frozen: dict[str, Tensor] = {
         name: p for name, p in named_parameters(model).items() if roles[name] == "backbone" and name not in extra
-    }  # fmt: skip
+    }
     left_out = set(statistics)
     return frozen | {name: b for name, b in _kept_buffers(model).items() if name not in left_out}
 
@@ -333,7 +334,7 @@ def _wanted(model: nn.Module, extra: frozenset[str], statistics: set[str]) -> di
     roles = _roles(model)
     wanted: dict[str, Tensor] = {
         name: p for name, p in named_parameters(model).items() if roles[name] != "backbone" or name in extra
-    }  # fmt: skip
+    }
     return wanted | {name: b for name, b in running_statistics(model).items() if name in statistics}
 
 

@@ -57,7 +57,7 @@ class _Sized(Foreign):
         q, k, v = self._qkv(hidden_states)
         out, weights = weighed_attention(
             q, k, v, scale=q.shape[-1] ** -0.5, sizes=sizes, how=how, dropout=self._dropout(), mask=mask
-        )  # fmt: skip
+        )
         out = self._project(out.transpose(1, 2).flatten(2))
         return (out, weights, k) if with_key else (out, weights)
 

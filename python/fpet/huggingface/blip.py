@@ -81,9 +81,12 @@ class FPETBlipForImageTextRetrieval(modeling_blip.BlipForImageTextRetrieval):
             scores = image_features @ F.normalize(self.text_proj(text[:, 0]), dim=-1).t()
         source = vision.source[..., None].expand(-1, -1, image.tokens.shape[-1])
         output = modeling_blip.BlipImageTextMatchingModelOutput(
-            itm_score=scores, last_hidden_state=vision.last_hidden_state.gather(1, source),
-            hidden_states=vision.hidden_states, attentions=vision.attentions, question_embeds=text,
-        )  # fmt: skip
+            itm_score=scores,
+            last_hidden_state=vision.last_hidden_state.gather(1, source),
+            hidden_states=vision.hidden_states,
+            attentions=vision.attentions,
+            question_embeds=text,
+        )
         return output if asked_for(return_dict, self.config, "return_dict", True) else output.to_tuple()
 
 
@@ -101,7 +104,7 @@ def _text_states(model: Any, ids: Tensor, mask: Tensor | None, image: ImageToken
         states = image.tokens if image.size is None else torch.cat((image.tokens, image.size.log()), dim=-1)
     return model.text_encoder(
         input_ids=ids, attention_mask=mask, encoder_hidden_states=states, return_dict=True, **kwargs
-    ).last_hidden_state  # fmt: skip
+    ).last_hidden_state
 
 
 def encode_image(model: nn.Module, pixel_values: Tensor, **options: Any) -> tuple[ImageTokens, Tensor]:

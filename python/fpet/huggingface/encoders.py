@@ -73,9 +73,12 @@ class LayerCall:
     """
 
     def __init__(
-        self, config: VisionMergeConfig, step: MergeStep | None = None, log_size: Tensor | None = None,
+        self,
+        config: VisionMergeConfig,
+        step: MergeStep | None = None,
+        log_size: Tensor | None = None,
         mask: Tensor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.config, self.step, self.log_size, self.mask = config, step, log_size, mask
         self.merged: Merged | None = None
         self.weights: Tensor | None = None

@@ -14,10 +14,11 @@ __all__ = ["KeyRefinement"]
 
 
 class KeyRefinement(BottleneckAdapter):
-    """``scale · (ReLU(key W_downᵀ) ⊙ mask) W_upᵀ``, added to the detached key before matching.
+    """``scale · (ReLU(key W_downᵀ) ⊙ mask) W_upᵀ``, added to the detached key before matching (eq. 10).
 
-    The merging kernel computes it: :meth:`weights` hands over what it needs. Parameters: ``adapter_down.weight``
-    (hidden_dim, channels) and ``adapter_up.weight`` (channels, hidden_dim).
+    This is the module with the weights; :class:`fpet_kernels.KeyRefinement` is what one call of the operator takes. The
+    merging kernel computes it: :meth:`weights` hands over what it needs. Parameters: ``adapter_down.weight`` (hidden_dim,
+    channels) and ``adapter_up.weight`` (channels, hidden_dim).
 
     Args:
         channels: C, the width of one head. hidden_dim: h. bits: 1, 2, 4 or 8 to quantise the weights, 32 not to.

@@ -87,9 +87,7 @@ def _run_evaluate(args: argparse.Namespace) -> int:
 
 
 def _run_check(args: argparse.Namespace) -> int:
-    wrong = check_folder(
-        args.data_dir, decode=not args.no_decode, list_name=args.list_name, image_folder=args.image_folder
-    )  # fmt: skip
+    wrong = check_folder(args.data_dir, decode=not args.no_decode, list_name=args.list_name, image_folder=args.image_folder)
     print("\n".join(wrong) or f"{args.data_dir}: whole")
     return 1 if wrong else 0
 

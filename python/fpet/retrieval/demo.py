@@ -27,9 +27,12 @@ def tiny_blip(width: int = 48, depth: int = 2, image_size: int = 32, patch_size:
     from transformers import BlipConfig, BlipForImageTextRetrieval
 
     both = {
-        "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": depth, "num_attention_heads": 4,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
         "initializer_range": width**-0.5,  # transformers' 0.02 is for wide models
-    }  # fmt: skip
+    }
     text = {
         "vocab_size": vocabulary, "encoder_hidden_size": width, "max_position_embeddings": 64, "pad_token_id": 0,
         "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3,
@@ -72,9 +75,7 @@ def run_demo(
         f"{len(test.files)} test images, {len(test)} captions; guessing finds {100 / len(test.files):.1f} % of the images first"
     )
     # A run of a hundred steps is over before features of earlier steps and their mean are of use: no queue.
-    every = RetrievalConfig(
-        merge=False, queue_size=0, epochs=4, batch_size=32, lr=2e-3, weight_decay=0.01, top_k=16, seed=seed
-    )  # fmt: skip
+    every = RetrievalConfig(merge=False, queue_size=0, epochs=4, batch_size=32, lr=2e-3, weight_decay=0.01, top_k=16, seed=seed)
     train(model, tokenizer, first, every, progress=progress)
     scores = {"before": evaluate(model, tokenizer, test, every, progress=progress)}
     say(f"\nbefore tuning, {time.perf_counter() - start:.0f} s\n{scores['before'].table()}")

@@ -117,9 +117,10 @@ def _evaluate(
         similarity.t(), config.top_k, lambda texts, images: match(images, texts), batch_size, progress, "text → image"
     )
     return RetrievalScore(
-        recall(to_text, relevant, ks), recall(to_image, relevant.t(), ks),
+        recall(to_text, relevant, ks),
+        recall(to_image, relevant.t(), ks),
         (recall(similarity, relevant, ks), recall(similarity.t(), relevant.t(), ks)),
-    )  # fmt: skip
+    )
 
 
 def _reranked(

@@ -27,9 +27,10 @@ def image_transform(size: int, *, augment: bool = False) -> Callable[[Any], Tens
     steps: list[Any] = [transforms.Resize((size, size), bicubic)]
     if augment:
         steps = [
-            transforms.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=bicubic), transforms.RandomHorizontalFlip(),
+            transforms.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=bicubic),
+            transforms.RandomHorizontalFlip(),
             *(transforms.RandomApply([RandAugment()], p=0.5) for _ in range(2)),
-        ]  # fmt: skip
+        ]
     return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])  # type: ignore[no-any-return]
 
 

@@ -79,7 +79,7 @@ class FeatureQueue:
         generator = torch.Generator().manual_seed(seed)
         self.image, self.text = (
             F.normalize(torch.randn(size, width, generator=generator), dim=-1).to(device) for _ in range(2)
-        )  # fmt: skip
+        )
         self.ids = torch.full((size,), -1, device=device)
         self.next = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -182,7 +182,7 @@ class RetrievalLoss(nn.Module):
             every_image, every_text = _of_all(image), _of_all(text)
             return contrastive_loss(
                 self._similarity(image, every_text), self._similarity(text, every_image), image_ids, every_id
-            )  # fmt: skip
+            )
         with torch.no_grad():
             tuned = tuned_parameters(self.model)
             for name, average in self.averages().items():
@@ -192,9 +192,7 @@ class RetrievalLoss(nn.Module):
             new_image, new_text = _of_all(slow_image), _of_all(slow_text)
             images, texts = torch.cat((new_image, self.queue.image)), torch.cat((new_text, self.queue.text))
             column_ids = torch.cat((every_id, self.queue.ids))
-            opinions = (
-                self._similarity(slow_image, texts).softmax(dim=1), self._similarity(slow_text, images).softmax(dim=1)
-            )  # fmt: skip
+            opinions = (self._similarity(slow_image, texts).softmax(dim=1), self._similarity(slow_text, images).softmax(dim=1))
             self.queue.put(new_image, new_text, every_id)
         return contrastive_loss(
             self._similarity(image, texts), self._similarity(text, images), image_ids, column_ids, opinions,

@@ -30,9 +30,11 @@ def prepare(model: nn.Module, config: RetrievalConfig) -> nn.Module:
     depth = len(huggingface.vision_layers(huggingface.find_vision_encoder(model)))
     layer = depth // 2 if config.layer is None else config.layer
     huggingface.apply(
-        model, layer if config.merge else None, refinement=True if config.merge and config.refine else None,
+        model,
+        layer if config.merge else None,
+        refinement=True if config.merge and config.refine else None,
         attention=config.attention,
-    )  # fmt: skip
+    )
     add_uniadapters(model, config.adapter_dim, scale=config.adapter_scale, key_value_dim=config.key_value_dim)
     if config.grad_checkpointing:
         # Re-entrant checkpointing gives no gradient behind frozen inputs; and transformers 5's public switch asks for one at

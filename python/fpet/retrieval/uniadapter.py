@@ -132,7 +132,7 @@ _SWAP = ClassSwap(_AdaptedProjection, _QueryKeeper, _AdaptedTextLayer)
 
 def add_uniadapters(
     model: nn.Module, hidden_dim: int = 512, *, scale: float = 0.1, dropout: float = 0.0, key_value_dim: int = 64
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     """Gives every layer of a BlipForImageTextRetrieval its UniAdapter: ``model.uniadapters``. Returns ``model``.
 
     It merges or doesn't as before; classes of its layers are swapped, on this model alone. :func:`fpet.freeze` leaves the

@@ -26,9 +26,12 @@ __all__ = ["COUNTED", "MEASURES", "Collector", "trains"]
 Row = dict[str, Any]
 PAPER_BATCH = {"time": 256, "memory": 64}
 MEASURES = {
-    "time": ("time_ms",), "step": ("step_ms",), "gmac": ("gmac",), "memory": ("memory_gb", "reserved_gb"),
+    "time": ("time_ms",),
+    "step": ("step_ms",),
+    "gmac": ("gmac",),
+    "memory": ("memory_gb", "reserved_gb"),
     "parameters": ("parameters_m", "stored_kib"),
-}  # fmt: skip
+}
 COUNTED = {name for measure_name in ("gmac", "memory", "parameters") for name in MEASURES[measure_name]}
 
 
@@ -147,9 +150,11 @@ class Collector:
             row["measured"]["accuracy"] = accuracy.vtab_mean({task: statistics.fmean(v) for task, v in found.items()})
             row["accuracies"] = found
             row["conditions"]["accuracy"] = {
-                "data": o.family, "tasks": f"{len(tasks)} of {len(data.task_names(o.family))}", "seeds": len(o.seeds),
+                "data": o.family,
+                "tasks": f"{len(tasks)} of {len(data.task_names(o.family))}",
+                "seeds": len(o.seeds),
                 "s": "chosen by task" if o.scales and accuracy.has_scale(variant.method) else "the method's own",
-            }  # fmt: skip
+            }
             self.bar.update()
 
 

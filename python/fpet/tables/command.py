@@ -69,7 +69,7 @@ def markdown(
 
 def _tables(
     name: str, found: dict[Variant, Row], present: Sequence[str], methods: Sequence[str] | None
-) -> Iterator[tuple[str, str]]:  # fmt: skip
+) -> Iterator[tuple[str, str]]:
     """One table for each backbone that there are rows of; one over backbones where the paper's is."""
     table = TABLES[name]
     over = len({row.variant.model for row in table.rows if row.variant is not None}) > 1
@@ -86,7 +86,7 @@ def _tables(
         numbers = [
             (row.label, row.variant, {q: published.of_row(name, row, q) for q in row.numbers} or _elsewhere(row.variant))
             for row in lines
-        ]  # fmt: skip
+        ]
         how = "".join(f"{line}.\n" for line in render.conditions(here, [MEASURED_AS.get(q, q) for q in table.quantities]))
         text = f"{how}\n{render.table(numbers, table.quantities, plain | here)}"
         if name == "2" and chosen == ["vitb16"] and methods is None:
@@ -181,8 +181,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     public = [name for name in MODELS if name != "tiny"]
     add = parser.add_argument
     add("--tables", type=_names(TABLES, {"all": list(TABLES)}), help="such as 1,3; default every one of ViT-B/16; all")
-    add("--models", type=_names(MODELS, {"all": public}),
-        help=f"some of {', '.join(MODELS)}; all: every one but tiny; default those of the tables")  # fmt: skip
+    add(
+        "--models",
+        type=_names(MODELS, {"all": public}),
+        help=f"some of {', '.join(MODELS)}; all: every one but tiny; default those of the tables",
+    )
     add("--methods", type=_names(METHODS, {"all": list(METHODS)}), help="of the tables over methods; default the paper's")
     add("--measure", type=_names(MEASURES, {"all": list(MEASURES), "none": []}), default=list(MEASURES),
         help=f"some of {', '.join(MEASURES)}; all (default); none")  # fmt: skip
@@ -323,7 +326,7 @@ def _embedded(options: argparse.Namespace, bar: Any) -> list[Row]:
         found = [
             {"task": task, "method": "untuned", "reduction": name, "accuracies": values}
             for name, values in by_reduction.items()
-        ]  # fmt: skip
+        ]
     else:
         methods = options.methods or ["bi-adaptformer"]
         variants = [Variant("embedded", method, reduction) for method in methods for reduction in REDUCTIONS]

@@ -286,5 +286,5 @@ Bi-Adaptformer|0.64|77.0|74.1|92.8|72.5|99.4|91.1|89.6|56.2|88.3|94.9|86.3|75.3|
          | SVHN | 10 | 73,257 | - | 26,032
         """,
     ),
-}  # fmt: skip
+}
 """By number. Accuracies in percent; FLOPs are multiply-adds, in 10⁹; memory in 10⁹ bytes; layers count from 0."""

@@ -82,7 +82,7 @@ def variant_table(variants: Sequence[Variant], quantities: Sequence[str], rows: 
     """Markdown: a line for each variant that there is a row of, with whatever any table of the paper says of it."""
     numbers = [
         ("", v, {name: p for name, p in lookup(*v.key).items()} if v.hidden_dim is None else {}) for v in variants if v in rows
-    ]  # fmt: skip
+    ]
     return table(numbers, quantities, rows) if numbers else "not measured"
 
 

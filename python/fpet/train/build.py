@@ -125,9 +125,12 @@ def keep_backbone(model: nn.Module, config: Config) -> None:
 
 def _create(config: Config, num_classes: int, pretrained: bool) -> Any:
     return timm.create_model(
-        config.model, pretrained=pretrained, num_classes=num_classes, drop_path_rate=config.drop_path,
+        config.model,
+        pretrained=pretrained,
+        num_classes=num_classes,
+        drop_path_rate=config.drop_path,
         img_size=config.image_size,
-    )  # fmt: skip
+    )
 
 
 def embedded_weights(config: Config) -> Path:
@@ -154,7 +157,7 @@ def reduce_tokens(model: nn.Module, config: Config) -> nn.Module:
         raise ConfigError(f"layer: expected a block index in range({depth}), got {layer}")
     return comparators.apply_reduction(
         model, config.reduction, layer, r=config.tome_r, refinement=refinement, target=config.ltmp_target
-    )  # fmt: skip
+    )
 
 
 def freeze_for(model: nn.Module, config: Config) -> nn.Module:

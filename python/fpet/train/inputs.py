@@ -48,10 +48,12 @@ def resolve(config: Config) -> Config:
     """
     own = config.data in OWN_DATA
     defaults: dict[str, Any] = {
-        "image_size": preprocessing(config).size[0], "lr": 1e-2 if config.model == EMBEDDED_MODEL else 1e-3,
-        "warmup_epochs": config.epochs / 10, "protocol": "honest" if own else "paper",
+        "image_size": preprocessing(config).size[0],
+        "lr": 1e-2 if config.model == EMBEDDED_MODEL else 1e-3,
+        "warmup_epochs": config.epochs / 10,
+        "protocol": "honest" if own else "paper",
         "augment": "flips" if own else "none",
-    }  # fmt: skip
+    }
     return dataclasses.replace(config, **{name: v for name, v in defaults.items() if getattr(config, name) is None})
 
 
@@ -189,7 +191,7 @@ def mixing(config: Config, num_classes: int) -> Any:
         return None
     return Mixup(
         mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=config.label_smoothing, num_classes=num_classes
-    )  # fmt: skip
+    )
 
 
 def labels_of(dataset: Any) -> Tensor:

@@ -242,11 +242,12 @@ class Loop:
     def _end_epoch(self, writer: Any) -> None:
         *sums, count = (sum(column) for column in zip(*gather(self.sums), strict=True))
         row: dict[str, float] = {
-            "epoch": self.epoch, "step": self.at.total,
+            "epoch": self.epoch,
+            "step": self.at.total,
             "lr": self.plan.rate(self.epoch + (self.step_in_epoch - 1) / self.steps_per_epoch),
             **{f"train_{name}": value / count for name, value in zip(self.task.columns, sums, strict=True)},
             "seconds": self.seconds,
-        }  # fmt: skip
+        }
         row |= self.task.end_epoch(self)
         self.history.append(row)
         self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, [0.0] * len(self.sums)
@@ -302,9 +303,7 @@ class Loop:
         if state.get("identity") != self.task.identity or state["tuned"].keys() != {*self.tuned, *self.statistics}:
             raise ValueError(f"output: the run in {self.folder} was on another backbone; choose another folder")
         self.assign(state["tuned"])
-        self.optimizer.load_state_dict(
-            sharding.distributed_optimizer_state(state["optimizer"], list(self.tuned.values()))
-        )  # fmt: skip
+        self.optimizer.load_state_dict(sharding.distributed_optimizer_state(state["optimizer"], list(self.tuned.values())))
         self.task.restore(state["task"])
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
         self.history, self.seconds = state["history"], state["seconds"]
@@ -316,8 +315,9 @@ class Loop:
                 self.sums = [sum(column) for column in zip(*state["sums"], strict=True)]
             warnings.warn(
                 f"resumed with {self.world} processes instead of {len(state['rng'])}: dropout is not that of an unbroken run",
-                RuntimeWarning, stacklevel=2,
-            )  # fmt: skip
+                RuntimeWarning,
+                stacklevel=2,
+            )
         log.info("resumed at epoch %d, step %d", self.epoch + 1, self.at.total)
 
     def _tensorboard(self) -> Any:
@@ -334,7 +334,7 @@ def _line(row: dict[str, float], epochs: int) -> str:
         f"{name.replace('_', ' ')} {f'{100 * value:.2f} %' if name.endswith('accuracy') else f'{value:.4f}'}"
         for name, value in row.items()
         if name not in ("epoch", "step", "lr", "seconds")
-    ]  # fmt: skip
+    ]
     return f"epoch {row['epoch'] + 1:.0f} of {epochs}: {', '.join(numbers)}, {row['seconds']:.0f} s"
 
 

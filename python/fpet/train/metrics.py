@@ -25,10 +25,11 @@ class Scores:
         each: dict[str, Any]
         if multi_label:
             each = {
-                "accuracy": tm.MultilabelExactMatch(num_classes), "macro_f1": tm.MultilabelF1Score(num_classes),
+                "accuracy": tm.MultilabelExactMatch(num_classes),
+                "macro_f1": tm.MultilabelF1Score(num_classes),
                 "mean_average_precision": tm.MultilabelAveragePrecision(num_classes),
                 "per_class": tm.MultilabelAveragePrecision(num_classes, average=None),
-            }  # fmt: skip
+            }
         else:
             each = {
                 "accuracy": tm.MulticlassAccuracy(num_classes, average="micro"),
@@ -36,7 +37,7 @@ class Scores:
                 "calibration_error": tm.MulticlassCalibrationError(num_classes, n_bins=15),
                 "per_class": tm.MulticlassAccuracy(num_classes, average=None),
                 "confusion": tm.MulticlassConfusionMatrix(num_classes),
-            }  # fmt: skip
+            }
             if num_classes > 5:
                 each["top5"] = tm.MulticlassAccuracy(num_classes, average="micro", top_k=5)
         self.metrics = MetricCollection(each, compute_groups=False).to(device)

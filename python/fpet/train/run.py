@@ -50,7 +50,7 @@ def learning_rate(config: Config, epoch: float) -> float:
 
 def train(
     config: Config, *, splits: Splits | None = None, test: bool = True, on_step: Callable[[int], None] | None = None
-) -> Result:  # fmt: skip
+) -> Result:
     """Runs ``config`` to its end, or from its newest checkpoint to its end, and leaves in ``config.output``:
 
     config.json, checkpoints (``step-*.ckpt``), log.csv, and at the end model.safetensors (see :func:`fpet.load`), result.json
@@ -78,9 +78,7 @@ def train(
         return _train(config, splits, device, test, on_step)
 
 
-def _train(
-    config: Config, splits: Splits, device: torch.device, test: bool, on_step: Callable[[int], None] | None
-) -> Result:  # fmt: skip
+def _train(config: Config, splits: Splits, device: torch.device, test: bool, on_step: Callable[[int], None] | None) -> Result:
     folder = Path(config.output)
     held = is_held(folder)
     try:
@@ -122,9 +120,12 @@ def _write(folder: Path, model: nn.Module, result: Result, splits: Splits, histo
     """What a finished run leaves."""
     seen = preprocessing(result.config)
     saving.save(
-        model, folder / MODEL, class_names=splits.class_names, preprocessing=seen.asdict(),
+        model,
+        folder / MODEL,
+        class_names=splits.class_names,
+        preprocessing=seen.asdict(),
         metadata={"task": f"{result.config.data}/{splits.name}", "backbone": result.backbone},
-    )  # fmt: skip
+    )
     if result.config.pictures:
         draw_curves(history, folder / "curves.png")
         if "confusion" in result.scores:

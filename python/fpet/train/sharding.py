@@ -79,7 +79,6 @@ def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def distributed_optimizer_state(state: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
     """What :func:`full_optimizer_state` gave, sharded as ``parameters`` are, which are in the optimiser's order."""
     states = {
-        i: {k: _like(parameters[i], v) if isinstance(v, Tensor) else v for k, v in s.items()}
-        for i, s in state["state"].items()
-    }  # fmt: skip
+        i: {k: _like(parameters[i], v) if isinstance(v, Tensor) else v for k, v in s.items()} for i, s in state["state"].items()
+    }
     return state | {"state": states}

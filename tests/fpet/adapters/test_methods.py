@@ -393,8 +393,11 @@ def test_trains_under_autocast(method):
 def test_freeze_knows_two_heads_and_none():
     distilled = fpet.freeze(timm.create_model("deit_tiny_distilled_patch16_224", depth=1))
     assert {n for n, p in distilled.named_parameters() if p.requires_grad} == {
-        "head.weight", "head.bias", "head_dist.weight", "head_dist.bias"
-    }  # fmt: skip
+        "head.weight",
+        "head.bias",
+        "head_dist.weight",
+        "head_dist.bias",
+    }
     assert not any(p.requires_grad for p in fpet.freeze(vit(num_classes=0)).parameters())
 
 

@@ -213,9 +213,7 @@ def test_ltmp_against_a_loop(n: int, prefix: int, merge: float, prune: float) ->
                 group[best] += group.pop(s)
         weighs = {t: max(importance[i, m].item() for m in members) for t, members in group.items()}
         most = max((t for t in group if t >= prefix), key=lambda t: weighs[t])
-        left = [
-            t for t in masked if t in group and (t < prefix or weighs[t] > prune or (prefix == 0 and t == most))
-        ]  # fmt: skip
+        left = [t for t in masked if t in group and (t < prefix or weighs[t] > prune or (prefix == 0 and t == most))]
         longest = max(longest, len(left))
         for place, t in enumerate(left):
             weight = size[i, group[t]]

@@ -128,7 +128,7 @@ def test_runs_on_backbones_with_batch_norm_resume_and_are_evaluated(tmp_path: Pa
     """Running statistics are in the checkpoints and in the file."""
     save_file(
         {n: v.contiguous() for n, v in small_hybrid(num_classes=0).state_dict().items()}, tmp_path / "backbone.safetensors"
-    )  # fmt: skip
+    )
     monkeypatch.setattr(
         "fpet.train.build._create", lambda config, num_classes, pretrained: small_hybrid(num_classes=num_classes)
     )

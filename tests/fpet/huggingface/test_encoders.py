@@ -152,9 +152,12 @@ def parts(layer):
     if hasattr(layer, "intermediate"):  # ViT in transformers 4
         a = layer.attention.attention
         return (
-            layer.layernorm_before, lambda x: (a.query(x), a.key(x), a.value(x)), layer.attention.output.dense,
-            layer.layernorm_after, lambda x: layer.output.dense(layer.intermediate(x)),
-        )  # fmt: skip
+            layer.layernorm_before,
+            lambda x: (a.query(x), a.key(x), a.value(x)),
+            layer.attention.output.dense,
+            layer.layernorm_after,
+            lambda x: layer.output.dense(layer.intermediate(x)),
+        )
     a = layer.attention
     return layer.layernorm_before, lambda x: (a.q_proj(x), a.k_proj(x), a.v_proj(x)), a.o_proj, layer.layernorm_after, layer.mlp
 
@@ -256,9 +259,7 @@ def test_without_weights_cross_attention_is_plain(retrieval, images, texts):
     image, _ = hf.encode_image(retrieval, images)
     assert image.size is None
     states = retrieval.text_encoder(input_ids=texts[0], attention_mask=texts[1], encoder_hidden_states=image.tokens)
-    close(
-        retrieval(texts[0], images, attention_mask=texts[1]).itm_score, retrieval.itm_head(states.last_hidden_state[:, 0])
-    )  # fmt: skip
+    close(retrieval(texts[0], images, attention_mask=texts[1]).itm_score, retrieval.itm_head(states.last_hidden_state[:, 0]))
 
 
 # --- what stays as it was ---------------------------------------------------------------------------------------------

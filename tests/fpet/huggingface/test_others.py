@@ -147,9 +147,12 @@ def test_without_merging_every_argument_is_transformers_own(model: Any) -> None:
     stock = copy.deepcopy(model)
     hf.apply(model, None)
     cases: list[dict[str, Any]] = [
-        {}, {"output_hidden_states": True}, {"output_attentions": True}, {"interpolate_pos_encoding": True},
+        {},
+        {"output_hidden_states": True},
+        {"output_attentions": True},
+        {"interpolate_pos_encoding": True},
         {"num_items_in_batch": 3} if not isinstance(model, transformers.CLIPVisionModel) or SELECTS else {},
-    ]  # fmt: skip
+    ]
     if SELECTS:
         cases += [{"output_hidden_states": [0, 2]}, {"output_hidden_states": -1}, {"output_hidden_states": []}]
     if isinstance(model, transformers.ViTModel):

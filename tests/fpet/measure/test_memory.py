@@ -213,9 +213,10 @@ PUBLISHED = {"adaptformer": (7.6, 6.2), "bi-adaptformer": (7.6, 6.2), "lora": (8
 PUBLISHED_FULL = 11.9
 # MiB counted here: saved and at the peak, plain and with FPET.
 COUNTED = {
-    "adaptformer": ((5034, 3692), (5659, 4188)), "bi-adaptformer": ((5083, 3730), (5708, 4229)),
+    "adaptformer": ((5034, 3692), (5659, 4188)),
+    "bi-adaptformer": ((5083, 3730), (5708, 4229)),
     "lora": ((5818, 4383), (6445, 4881)),
-}  # fmt: skip
+}
 
 
 @pytest.fixture

@@ -76,8 +76,11 @@ def test_two_processes_give_the_result_of_one(folder, tokenizer, tmp_path, capsy
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *script],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        timeout=300, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        timeout=300,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2") == 4 and done.stdout.count('contrastive":') == 1, "process 0 alone prints"
     found = json.loads(done.stdout.splitlines()[-1])

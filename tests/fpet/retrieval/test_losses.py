@@ -80,9 +80,7 @@ def test_a_step_with_a_queue(batch):
     with torch.no_grad():
         for name, p in tuned_parameters(slow).items():
             p.copy_(0.9 * before[name] + 0.1 * p)
-        features = [
-            (hf.encode_image(m, pixels)[1], hf.encode_text(m, ids, mask)) for m in (model, slow)
-        ]  # fmt: skip
+        features = [(hf.encode_image(m, pixels)[1], hf.encode_text(m, ids, mask)) for m in (model, slow)]
     got = loss(pixels, ids, mask, images, alpha=0.3)
 
     (image, text), (slow_image, slow_text) = features

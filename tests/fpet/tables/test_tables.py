@@ -278,8 +278,11 @@ def test_what_loses_tokens_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys:
 def test_tables_on_other_backbones_and_with_other_methods() -> None:
     one, three, five = (tables.TABLES[name] for name in ("1", "3", "5"))
     assert [(r.variant.method, r.variant.reduction) for r in one.rows_for(["vits16"], ["linear", "adaptformer", "bitfit"])] == [
-        ("linear", "none"), ("bitfit", "none"), ("adaptformer", "none"), ("adaptformer", "fpet"),
-    ]  # fmt: skip
+        ("linear", "none"),
+        ("bitfit", "none"),
+        ("adaptformer", "none"),
+        ("adaptformer", "fpet"),
+    ]
     own = one.rows_for(["vitb16"], ["vpt-shallow"])
     assert [(r.variant.method, r.variant.reduction) for r in own] == [("vpt-shallow", "none"), ("vpt-shallow", "fpet")]
     assert {r.variant.layer for r in three.rows_for(["vitl16"])} == {None, 12}
@@ -317,8 +320,10 @@ def test_rows_hold_what_was_measured_and_where_it_is_from(measured: Any) -> None
     status, rows, _ = measured
     assert status == 0
     assert [(r["method"], r["reduction"]) for r in rows] == [
-        ("linear", "none"), ("adaptformer", "none"), ("adaptformer", "fpet"),
-    ]  # fmt: skip
+        ("linear", "none"),
+        ("adaptformer", "none"),
+        ("adaptformer", "fpet"),
+    ]
     for row in rows:
         assert row["measured"]["time_ms"] > 0 and row["conditions"]["time_ms"]["rounds"] >= timing.MIN_ROUNDS
         assert row["conditions"]["time_ms"] | {"rounds": 0} == {"batch": 1, "rounds": 0, "clock": "cpu", "threads": torch.get_num_threads()}  # fmt: skip

@@ -29,7 +29,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *arguments], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )  # fmt: skip
+    )
 
 
 def test_a_piped_run_says_a_line_per_epoch_at_once_ends_with_130_and_goes_on(backbone: str, tmp_path: Path) -> None:

@@ -103,9 +103,10 @@ def test_several_labels_an_image(images: Path, tmp_path: Path) -> None:
             rows.append(f"{images / name / f'{j}.png'},{'|'.join([name, *also])}")
     (tmp_path / "list.csv").write_text("\n".join(rows), encoding="utf-8")
     config = Config(
-        **SETTINGS | {"data": "csv", "multi_label": True, "class_weights": True}, data_dir=str(tmp_path / "list.csv"),
+        **SETTINGS | {"data": "csv", "multi_label": True, "class_weights": True},
+        data_dir=str(tmp_path / "list.csv"),
         output=str(tmp_path / "run"),
-    )  # fmt: skip
+    )
     result = train(config)
     assert result.scores.keys() == {"macro_f1", "mean_average_precision", "per_class"}
     assert evaluate_run(config.output).more["mean_average_precision"] == pytest.approx(result.scores["mean_average_precision"])

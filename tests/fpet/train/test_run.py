@@ -78,13 +78,11 @@ def foreign(config: Config, tmp_path: Path, request: pytest.FixtureRequest) -> C
     chosen = {"weights": "weights.pth"} if request.param == "weights" else {"weights": None, "pretrained": False}
     return dataclasses.replace(
         config, model="test_vit", image_size=32, output="run", epochs=1, warmup_epochs=0.0, eval_batch_size=8, **chosen
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("foreign", ["weights", "no-pretrained"], indirect=True)
-def test_a_finished_run_is_evaluated_from_anywhere(
-    foreign: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+def test_a_finished_run_is_evaluated_from_anywhere(foreign: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Moved, from another folder, read-only, its weights gone."""
     monkeypatch.chdir(tmp_path)
     expected = train(foreign).accuracy

@@ -60,8 +60,10 @@ def by_hand(model: torch.nn.Module, image: torch.Tensor, layers: list[int], prop
             x = block(x, **attention)
             continue
         ls1, ls2 = (
-            (lambda t, g=g: t if g is None else g * t) for g in (block.gamma_1, block.gamma_2)
-        ) if hasattr(block, "gamma_1") else (block.ls1, block.ls2)  # fmt: skip
+            ((lambda t, g=g: t if g is None else g * t) for g in (block.gamma_1, block.gamma_2))
+            if hasattr(block, "gamma_1")
+            else (block.ls1, block.ls2)
+        )
         key = key_of(block, x)
         x = x + ls1(block.attn(block.norm1(x), **attention))
         if len(left) == h * w:
@@ -168,9 +170,12 @@ def test_relative_position_bias_keeps_rows_and_columns_of_what_is_left(family: s
 
 
 SECOND_TIER = (
-    "beit_base_patch16_224", "vit_relpos_small_patch16_rpn_224", "vit_dlittle_patch16_reg1_gap_256",
-    "vit_small_patch16_36x1_224", "vit_small_patch16_18x2_224",
-)  # fmt: skip
+    "beit_base_patch16_224",
+    "vit_relpos_small_patch16_rpn_224",
+    "vit_dlittle_patch16_reg1_gap_256",
+    "vit_small_patch16_36x1_224",
+    "vit_small_patch16_18x2_224",
+)
 
 
 @pytest.mark.parametrize("name", SECOND_TIER)

@@ -252,8 +252,9 @@ def test_new_parameters_are_refused_wherever_a_wrapper_is(tmp_path: Path) -> Non
             model = make()
             state = {name: p.shape for name, p in model.named_parameters()}
             for change in (
-                lambda m: fpet.apply(m, layer=1, refinement=True), lambda m: fpet.add_adapters(m, "lora"),
-            ):  # fmt: skip
+                lambda m: fpet.apply(m, layer=1, refinement=True),
+                lambda m: fpet.add_adapters(m, "lora"),
+            ):
                 with pytest.raises(TypeError, match="before"):
                     change(model)
                 assert {name: p.shape for name, p in model.named_parameters()} == state
@@ -418,8 +419,9 @@ def test_no_float64_is_needed() -> None:
 
 def test_what_is_for_transformers_is_said() -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-                                    image_size=32, patch_size=8)  # fmt: skip
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+    )
     model = transformers.ViTForImageClassification(config).eval()
     for call in (lambda: fpet.apply(model, 1), lambda: fpet.merged_features(model, images())):
         with pytest.raises(TypeError, match=r"fpet\.huggingface\."):
