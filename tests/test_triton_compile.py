@@ -101,7 +101,7 @@ def test_tuner_compiles_and_predicts_without_a_gpu(tmp_path):
     assert "dry run: nothing was measured (sm90)" in text
     row = next(line for line in text.splitlines() if "PREDICTED" in line)
     assert row.strip().startswith("(2, True, 128): Short(")
-    assert "KiB  1  (2, True, 128): Short(128, 64, 8, 3)" in text, "the frozen configuration is not the first candidate"
+    assert "KiB  1  (2, True, 128): Short(128, 64, 8, 3, 1)" in text, "the frozen configuration is not the first candidate"
 
 
 class Captured(Exception):

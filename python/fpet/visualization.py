@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from fpet_kernels.reference import average_heads, compute_dtype, match_scores, refine_key
 
+from .data import read_image
 from .vit.merging import MergeStep
 from .vit.models import merged_features
 from .vit.patch import find_model
@@ -273,8 +274,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``fpet visualize``."""
     add = parser.add_argument
     add("image", metavar="IMAGE", help="any picture that Pillow opens")
-    add("--run", metavar="RUN", help="folder of a run of fpet train; or")
-    add("--model", metavar="NAME", help="of timm: vit_base_patch16_224, …")
+    whose = parser.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--run", metavar="RUN", help="folder of a run of fpet train; or")
+    whose.add_argument("--model", metavar="NAME", help="of timm: vit_base_patch16_224, …")
     add("--layer", type=_layers, metavar="N[,N…]", help="0-based blocks that merge; default: the checkpoint's, or the middle")
     add("--pretrained", action="store_true", help="timm's pretrained weights, downloaded where they are not there yet")
     add("--weights", metavar="FILE", help="weights of the backbone from a file that timm can read")
@@ -319,10 +321,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--out: expected another file than IMAGE, got {out} for both")
     if out.exists() and not options.overwrite:
         raise FileExistsError(f"--out: {out} is there already; give another name, or add --overwrite")
-    if (options.run is None) == (options.model is None):
-        raise ValueError("--run, --model: expected exactly one of them")
-    with Image.open(options.image) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGB")
+    image = read_image(options.image)
     settings: dict[str, Any] = {"zoom": options.zoom, "opacity": options.opacity, "colours": options.colours}
     if options.run is not None:
         shown: Any

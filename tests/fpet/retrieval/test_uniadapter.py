@@ -58,7 +58,7 @@ def test_adapters_in_the_layers(batch):
     adapter0, adapter1 = model.uniadapters
     model(ids, pixels, attention_mask=mask)
     merged = seen["norm"][0][0]
-    assert torch.allclose(seen["vision"][1][0], merged + seen["mlp"][1] + adapter0(merged, "vision"))
+    assert torch.allclose(first(seen["vision"][1]), merged + seen["mlp"][1] + adapter0(merged, "vision"))
     assert merged.shape[1] == 1 + 8
     query, crossed = first(seen["self"][1]), first(seen["cross"][1])[..., :16]
     want = layer(crossed) + adapter1(query, "text") + adapter1(crossed, "cross")

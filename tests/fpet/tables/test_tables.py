@@ -242,13 +242,13 @@ def test_calls_take_turns_and_first_ones_do_not_count() -> None:
 
 
 def test_what_loses_tokens_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    right = fpet.merged_features
+    right = measure.merged_features
 
     def lose(model: Any, images: Any) -> Any:
         found = right(model, images)
         return found._replace(size=found.size * 0.5)
 
-    monkeypatch.setattr(fpet, "merged_features", lose)
+    monkeypatch.setattr(measure, "merged_features", lose)
     arguments = ("--tables", "1", "--models", "tiny", "--methods", "adaptformer", "--measure", "time", "--batch", "1")
     assert ran(*arguments, "--budget", "0", "--out", "none") == 1
     said = capsys.readouterr()
