@@ -105,6 +105,17 @@ def test_a_run_is_exported_once(photos: Path, tuned: Path, tmp_path: Path, capsy
     )
 
 
+def test_a_run_shows_what_it_merges(
+    photos: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "picture: 3-groups.png" in said(capsys, "visualize", str(photos / "dog" / "3.png"), "--run", str(tuned))
+    with Image.open("3-groups.png") as drawn:
+        assert drawn.width > drawn.height > 90, "the original stands beside the groups"
+    again = ("visualize", str(photos / "dog" / "3.png"), "--run", str(tuned))
+    assert "3-groups.png is there already" in said(capsys, *again, status=1)
+
+
 def test_a_file_alone_is_put_on_the_backbone_it_names(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_vit", num_classes=3)
