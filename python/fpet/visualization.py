@@ -191,9 +191,12 @@ def sheet(found: Visualization, original: Image.Image) -> Image.Image:
         original.convert("RGB").resize(size, Image.Resampling.BICUBIC),
         found.picture.resize(size, Image.Resampling.BICUBIC),
     )
-    lines = [f"layer {m['layer']}: {m['tokens']} tokens → {m['left']}" for m in found.report["merges"]]
+    # In ASCII: the font that Pillow carries lacks arrows and the multiplication sign.
+    lines = [f"layer {m['layer']}: {m['tokens']} tokens to {m['left']}" for m in found.report["merges"]]
     height, width = found.report["grid"]
-    lines.append(f"{height}×{width} patches in {found.report['groups']} groups, the largest of {found.report['largest_group']}")
+    lines.append(
+        f"{height} x {width} patches in {found.report['groups']} groups, the largest of {found.report['largest_group']}"
+    )
     gap, row = 8, 18
     page = Image.new("RGB", (max(2 * size[0] + 3 * gap, 360), size[1] + 3 * gap + row * len(lines)), "white")
     for i, panel in enumerate(panels):
