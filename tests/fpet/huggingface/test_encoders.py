@@ -7,13 +7,10 @@ import io
 import json
 import math
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="fpet.huggingface needs transformers")
 
@@ -21,49 +18,14 @@ from transformers import (  # noqa: E402
     BlipConfig,
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
-    BlipVisionConfig,
-    BlipVisionModel,
     CLIPConfig,
     CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-    SwinConfig,
-    SwinModel,
     ViTConfig,
     ViTForImageClassification,
-    ViTModel,
 )
 
 from fpet import huggingface as hf  # noqa: E402
-
-WIDTH, DEPTH, HEADS, SIDE, PATCH = 32, 3, 4, 40, 8
-GRID = SIDE // PATCH  # odd: 13 of 25 patches are sources
-VISION = {
-    "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS,
-    "image_size": SIDE, "patch_size": PATCH,
-}  # fmt: skip
-TEXT = {
-    "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS,
-    "encoder_hidden_size": WIDTH, "vocab_size": 30, "max_position_embeddings": 16, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2, "sep_token_id": 2,
-}  # fmt: skip
-FAMILIES = {
-    "blip": lambda: BlipVisionModel(BlipVisionConfig(**VISION)),
-    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**VISION)),
-    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**VISION)),
-    "vit": lambda: ViTModel(ViTConfig(**VISION)),
-}
-
-
-def spread(model: nn.Module) -> nn.Module:
-    """transformers' initialisation makes every branch all but zero, and a test blind to it."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * (0.5 if p.dim() < 2 else 1.5 / math.sqrt(p.shape[-1])))
-    return model
+from huggingface_support import DEPTH, FAMILIES, GRID, HEADS, SIDE, TEXT, VISION, WIDTH, spread  # noqa: E402
 
 
 @pytest.fixture(params=FAMILIES)
@@ -474,96 +436,3 @@ def test_save_pretrained_names_the_original_class(retrieval, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["BlipForImageTextRetrieval"]
     again = BlipForImageTextRetrieval.from_pretrained(tmp_path)
     assert again.state_dict().keys() == retrieval.state_dict().keys()
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
-class Changed(ViTModel):
-    pass
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: SwinModel(SwinConfig(embed_dim=16, depths=[1], num_heads=[2], image_size=32)), "no knowledge of a vision"),
-        (lambda: nn.Linear(2, 2), "no knowledge of a vision encoder"),
-        (lambda: Changed(ViTConfig(**VISION)), "Changed is a subclass of ViTModel"),
-        (lambda: nn.ModuleList([FAMILIES["vit"](), FAMILIES["clip"]()]), "holds 2 vision encoders"),
-        (lambda: nn.DataParallel(FAMILIES["vit"]()), "unwrapped model"),
-    ],
-)
-def test_models_that_are_refused(make, message):
-    with pytest.raises(TypeError, match=message):
-        hf.apply(make(), 0)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"layer": DEPTH}, ValueError, rf"range\({DEPTH}\)"),
-        ({"layer": (0, 0)}, ValueError, "at most once"),
-        ({"layer": "1"}, ValueError, "layer"),
-        ({"layer": 1.0}, TypeError, "layer: expected an int"),
-        ({"layer": 1, "similarity": "l2"}, ValueError, "similarity"),
-        ({"layer": 1, "attention": "flash"}, ValueError, "attention: expected 'eager', 'sdpa'"),
-        ({"layer": 1, "proportional_attention": "yes"}, ValueError, "proportional_attention"),
-        ({"layer": (0, 1), "refinement": nn.Identity()}, ValueError, "refinement: expected a dict"),
-        ({"layer": 1, "refinement": 3}, TypeError, "refinement"),
-        ({"layer": (0, 1, 2)}, None, ""),
-    ],
-)
-def test_arguments(arguments, error, message):
-    model = FAMILIES["vit"]()
-    classes = [type(m) for m in model.modules()]
-    if error is None:
-        hf.apply(model, **arguments)
-        return
-    with pytest.raises(error, match=message):
-        hf.apply(model, **arguments)
-    assert [type(m) for m in model.modules()] == classes
-
-
-def test_an_attention_that_cannot_weigh_is_refused():
-    model = FAMILIES["clip"]()
-    hf.find_vision_encoder(model).config._attn_implementation = "flash_attention_2"
-    with pytest.raises(TypeError, match="'flash_attention_2', which can't weigh tokens by size"):
-        hf.apply(model, 1)
-    hf.apply(model, 1, attention="sdpa")
-
-
-def test_a_replaced_forward_is_refused_where_it_would_lose_something(images):
-    model = FAMILIES["blip"]().double()
-    layers, own = model.encoder.layers, model.encoder.layers[0].forward
-    layers[0].forward = lambda hidden_states, *args, **kwargs: own(hidden_states, *args, **kwargs)
-    before = model(images).last_hidden_state
-    assert torch.equal(hf.apply(model, None)(images).last_hidden_state, before)
-    hf.apply(model, 1)(images)  # a layer before the merge is called as transformers calls it
-    layers[2].self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
-    with pytest.raises(
-        RuntimeError, match="attention of layer 2: its forward was replaced by one without the argument 'sizes'"
-    ):
-        model(images)
-    hf.apply(model, 1, proportional_attention=False)(images)
-    with pytest.raises(RuntimeError, match="layer 0: its forward was replaced"):
-        hf.apply(model, 0)(images)
-
-
-def test_arguments_that_merging_would_not_honour(images):
-    model = hf.apply(FAMILIES["vit"]().double(), 1)
-    with pytest.raises(ValueError, match="pixel_values"):
-        model(None)
-    with pytest.raises(TypeError, match=r"patched by fpet\.huggingface\.apply"):
-        hf.merged_features(nn.Linear(2, 2), images)
-    with pytest.raises(TypeError, match="expected a BlipForImageTextRetrieval"):
-        hf.encode_image(model, images)
-
-
-def test_transformers_is_optional():
-    code = (
-        "import sys; import fpet; assert 'transformers' not in sys.modules; sys.modules['transformers'] = None\n"
-        "try: import fpet.huggingface\n"
-        "except ImportError as error: print(error)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install 'transformers>=4.57'" in result.stdout
