@@ -265,7 +265,9 @@ def _resolve_split(
     if split is not None:
         if not isinstance(split, Split):
             raise TypeError(f"split: expected a fpet_kernels.Split, got {type(split).__name__}")
-        return split.grid or split, split.num_tokens, split.a.shape[0]
+        if split.grid is not None:  # by numbers alone: a compiler need not look at the lists
+            return split.grid, split.num_tokens, (split.num_tokens + 1) // 2
+        return split, split.num_tokens, split.a.shape[0]
     try:
         height, width = grid_size  # type: ignore[misc]
     except (TypeError, ValueError):
