@@ -8,9 +8,8 @@ import json
 import os
 import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from fpet_kernels.decompositions import inference_decompositions
 
 from ..adapters import fold
+from ..measure.timing import take_turns
 from .loading import open_tuned, sample_images
 
 __all__ = ["FORMATS", "Exported", "add_arguments", "export", "run", "runner"]
@@ -35,6 +35,8 @@ FORMATS = {
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Of the largest output, by dtype: how far rounding may move an output before the file is refused."""
+
+LATENCY_SECONDS = 2.0
 
 
 class Exported(NamedTuple):
@@ -110,7 +112,9 @@ def export(
                     f"the exported model differs from the eager one by {error:.2g} of the largest output, where rounding "
                     f"explains {limit:g}; nothing was written"
                 )
-            eager_ms, exported_ms = _latencies((eager, run), images[:1])
+            one = images[:1]
+            taken = take_turns({"eager": lambda: eager(one), "exported": lambda: run(one)}, one.device, LATENCY_SECONDS)
+            eager_ms, exported_ms = (1e3 * statistics.median(taken[name]) for name in ("eager", "exported"))
             found = Exported(path, beside, error, agreement, folded, eager_ms, exported_ms)
             told = {
                 **(metadata or {}),
@@ -194,20 +198,6 @@ def _compare(run: Callable[[Tensor], Tensor], eager: Callable[[Tensor], Tensor],
         )
     error = max(float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-12)) for a, b in pairs)
     return error, float((found.argmax(-1) == expected.argmax(-1)).double().mean())
-
-
-def _latencies(calls: Sequence[Callable[[Tensor], Tensor]], image: Tensor, seconds: float = 2.0) -> list[float]:
-    """Median milliseconds of each call, in turns."""
-    taken: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call(image)
-    start = time.perf_counter()
-    while len(taken[0]) < 5 or time.perf_counter() - start < seconds:
-        for call, times in zip(calls, taken, strict=True):
-            before = time.perf_counter()
-            call(image)
-            times.append(1e3 * (time.perf_counter() - before))
-    return [statistics.median(times) for times in taken]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
